@@ -1,0 +1,6 @@
+"""Settings: the typed schema, its loading from presets and overrides, and the rules that span settings.
+
+Nothing here imports torch: a wrong setting is found before anything slow or distributed starts.
+"""
+
+from remax_megatron.config.schema import Config as Config

@@ -1,0 +1,183 @@
+"""Every setting, its type and its default. The names are those of the guide that most users come from (verl's keys).
+
+Presets in `conf/` fill these in; `remax_megatron.config.load` reads them, `remax_megatron.config.rules` checks them.
+A field documented as "alias" is copied onto the field it stands for, with a note in the log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class Data:
+    train_files: Any = MISSING  # a path or a list of paths: .parquet, .json, .jsonl
+    val_files: Any = None
+    train_batch_size: int = 1024  # prompts per rollout batch
+    val_batch_size: int | None = None  # prompts per validation call of the engine; None: all at once
+    val_max_samples: int = -1  # -1: the whole validation set
+    max_prompt_length: int = 512  # tokens, chat template included
+    max_response_length: int = 1024  # tokens
+    filter_overlong_prompts: bool = True
+    truncation: str = "error"  # what happens to an overlong prompt that was not filtered: error | left | right
+    shuffle: bool = True
+    prompt_key: str = "prompt"
+
+
+@dataclass
+class Model:
+    path: str = MISSING  # Hugging Face folder or hub id; "embedded:word-problems" makes the demo's policy
+    use_remove_padding: bool = True
+    enable_gradient_checkpointing: bool = False
+    trust_remote_code: bool = False  # refused when True: code from a model folder is never executed
+
+
+@dataclass
+class Optim:
+    lr: float = 1e-6
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class Megatron:
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = True
+    param_offload: bool = False
+    grad_offload: bool = False
+    optimizer_offload: bool = False
+    dtype: str = "bfloat16"  # bfloat16 (fp32 master weights) | float32
+    attention_backend: str = "auto"  # auto | transformer_engine | varlen | sdpa
+    logprob_chunk_size: int = 1024  # scored positions whose logits exist at once
+
+
+@dataclass
+class FsdpConfig:
+    """Aliases for users of FSDP presets; mapped onto the megatron keys with a note."""
+
+    param_offload: bool | None = None
+    optimizer_offload: bool | None = None
+
+
+@dataclass
+class Actor:
+    strategy: str = "megatron"
+    optim: Optim = field(default_factory=Optim)
+    ppo_mini_batch_size: int | None = None  # prompts per optimizer step; None: train_batch_size (one update a batch)
+    ppo_epochs: int = 1
+    use_dynamic_bsz: bool = True
+    ppo_max_token_len_per_gpu: int = 16384  # strict token budget of one micro-batch
+    ppo_micro_batch_size_per_gpu: int | None = None  # rows per micro-batch when use_dynamic_bsz=False
+    clip_ratio: float = 0.2
+    clip_ratio_low: float | None = None
+    clip_ratio_high: float | None = None
+    clip_ratio_c: float = 3.0  # dual clip, arXiv 1912.09729
+    loss_agg_mode: str = "token-mean"
+    entropy_coeff: float = 0.0
+    use_kl_loss: bool = False
+    kl_loss_coef: float = 0.001
+    kl_loss_type: str = "low_var_kl"
+    megatron: Megatron = field(default_factory=Megatron)
+    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+
+
+@dataclass
+class RefMegatron:
+    param_offload: bool = False
+
+
+@dataclass
+class Ref:
+    megatron: RefMegatron = field(default_factory=RefMegatron)
+    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+
+
+@dataclass
+class RolloutConfig:
+    name: str = "vllm"
+    tensor_model_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.6
+    n: int = 1  # sampled answers per prompt; the greedy one comes on top
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    dtype: str | None = None  # None: the policy's dtype
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    kv_cache_gib: float = 1.0  # CPU only: KV cache per rank; on a GPU gpu_memory_utilization rules
+    enforce_eager: bool = False
+    sync_bucket_mb: int = 512  # weight sync: bytes of one rank's share of a flattened bucket, MiB
+    canary_threshold: float | None = None  # None: 1e-4 (maximum, float32) or 2e-2 (mean, bfloat16)
+
+
+@dataclass
+class ActorRolloutRef:
+    model: Model = field(default_factory=Model)
+    actor: Actor = field(default_factory=Actor)
+    ref: Ref = field(default_factory=Ref)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+
+@dataclass
+class KlCtrl:
+    type: str = "fixed"
+    kl_coef: float = 0.001
+    horizon: int = 10000
+    target_kl: float = 0.1
+
+
+@dataclass
+class Algorithm:
+    adv_estimator: str = "remax"
+    gamma: float = 1.0
+    use_kl_in_reward: bool = False
+    kl_penalty: str = "kl"
+    kl_ctrl: KlCtrl = field(default_factory=KlCtrl)
+
+
+@dataclass
+class Trainer:
+    project_name: str = "remax_megatron"
+    experiment_name: str = "default"
+    logger: Any = field(default_factory=lambda: ["console"])  # of console, wandb, tensorboard; metrics.jsonl always
+    n_gpus_per_node: int = 8  # ranks per node; checked against the launcher's WORLD_SIZE
+    nnodes: int = 1
+    seed: int = 1
+    total_epochs: int = 1
+    total_training_steps: int | None = None  # stops earlier than total_epochs
+    save_freq: int = -1
+    test_freq: int = -1
+    val_before_train: bool = True
+    default_local_dir: str = "runs/${trainer.project_name}/${trainer.experiment_name}"
+    resume_mode: str = "disable"
+    critic_warmup: int = 0
+    device: str = "auto"  # auto | cuda | cpu
+    rollout_data_dir: str | None = None  # dump every rollout batch as JSONL
+    collective_timeout_s: int = 1800
+    export_hf: bool = True  # write the final policy as a Hugging Face folder to default_local_dir/hf
+
+
+@dataclass
+class CustomRewardFunction:
+    path: str | None = None
+    name: str = "compute_score"
+
+
+@dataclass
+class Config:
+    data: Data = field(default_factory=Data)
+    actor_rollout_ref: ActorRolloutRef = field(default_factory=ActorRolloutRef)
+    algorithm: Algorithm = field(default_factory=Algorithm)
+    trainer: Trainer = field(default_factory=Trainer)
+    custom_reward_function: CustomRewardFunction = field(default_factory=CustomRewardFunction)

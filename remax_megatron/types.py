@@ -1,0 +1,74 @@
+"""The values that travel between the parts of a step. No torch, no Megatron, no vLLM.
+
+Shape legend, used as suffixes where tensors meet:
+
+    T  tokens of one packed micro-batch (all its rows, one after the other)
+    R  scored positions of one micro-batch: the positions whose *next* token is a response token
+    S  rows (sampled answers) of an update
+    H  hidden size      V  vocabulary (of one tensor-parallel rank where a layout says so)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a data set, tokenised with the chat template and the generation prompt.
+
+    `index` is the row's number in the data set: stable over epochs and shuffles, so seeds can derive from it.
+    Example: Prompt(index=3, token_ids=(5, 9, 2), data_source="openai/gsm8k", ground_truth="18")
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    data_source: str
+    ground_truth: str
+    extra_info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Completion:
+    """One answer of the engine.
+
+    `logprobs[i]` is log pi(token_ids[i] | prompt, token_ids[:i]) in nats under the sampling temperature, of the
+    weights numbered `weight_version`. `finished` is False when the length limit cut the answer. `token_ids` holds
+    the end-of-sequence token when the model wrote it; `text` is decoded without special tokens.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+    weight_version: int
+    text: str = ""
+    reward: float = 0.0
+
+
+@dataclass
+class Rollout:
+    """A prompt, its n sampled answers, and the greedy answer whose reward is ReMax's baseline."""
+
+    prompt: Prompt
+    samples: list[Completion]
+    greedy: Completion
+
+
+@dataclass
+class Row:
+    """One sampled answer as the update sees it: tokens, and the advantage of each response token (per token,
+    because a KL in the reward makes it differ along the answer).
+
+    `old_logprobs` is None when every ratio is exactly 1 (one update per rollout batch).
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: list[int]
+    advantages: list[float]
+    rollout_logprobs: list[float]
+    old_logprobs: list[float] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
