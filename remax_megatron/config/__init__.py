@@ -4,3 +4,4 @@ Nothing here imports torch: a wrong setting is found before anything slow or dis
 """
 
 from remax_megatron.config.schema import Config as Config
+from remax_megatron.config.schema import ConfigError as ConfigError

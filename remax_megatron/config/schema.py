@@ -1,7 +1,8 @@
 """Every setting, its type and its default. The names are those of the guide that most users come from (verl's keys).
 
 Presets in `conf/` fill these in; `remax_megatron.config.load` reads them, `remax_megatron.config.rules` checks them.
-A field documented as "alias" is copied onto the field it stands for, with a note in the log.
+A field documented as "alias" is copied onto the field it stands for, with a note in the log. After loading,
+`trainer.logger` is a list of names and `~` in paths is expanded.
 """
 
 from __future__ import annotations
@@ -11,10 +12,18 @@ from typing import Any
 
 from omegaconf import MISSING
 
+EMBEDDED_MODEL = "embedded:word-problems"
+EMBEDDED_FILES = (f"{EMBEDDED_MODEL}/train", f"{EMBEDDED_MODEL}/test")
+
+
+class ConfigError(ValueError):
+    """A setting that the user has to change: the message names it, its value, the limit, and what to set instead."""
+
 
 @dataclass
 class Data:
-    train_files: Any = MISSING  # a path or a list of paths: .parquet, .json, .jsonl
+    # a path or a list of paths (.parquet, .json, .jsonl), or one of EMBEDDED_FILES
+    train_files: Any = MISSING
     val_files: Any = None
     train_batch_size: int = 1024  # prompts per rollout batch
     val_batch_size: int | None = None  # prompts per validation call of the engine; None: all at once
@@ -29,7 +38,7 @@ class Data:
 
 @dataclass
 class Model:
-    path: str = MISSING  # Hugging Face folder or hub id; "embedded:word-problems" makes the demo's policy
+    path: str = MISSING  # Hugging Face folder or hub id; EMBEDDED_MODEL makes the demo's policy
     use_remove_padding: bool = True
     enable_gradient_checkpointing: bool = False
     trust_remote_code: bool = False  # refused when True: code from a model folder is never executed
@@ -71,6 +80,13 @@ class FsdpConfig:
 
 
 @dataclass
+class RefFsdpConfig:
+    """Alias for users of FSDP presets; mapped onto ref.megatron with a note."""
+
+    param_offload: bool | None = None
+
+
+@dataclass
 class Actor:
     strategy: str = "megatron"
     optim: Optim = field(default_factory=Optim)
@@ -100,7 +116,7 @@ class RefMegatron:
 @dataclass
 class Ref:
     megatron: RefMegatron = field(default_factory=RefMegatron)
-    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+    fsdp_config: RefFsdpConfig = field(default_factory=RefFsdpConfig)
 
 
 @dataclass

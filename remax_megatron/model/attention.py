@@ -1,0 +1,115 @@
+"""Attention over packed rows: what Megatron's `core_attention` slot holds on each device.
+
+Query, key and value arrive as [T, heads, head_dim] with `PackedSeqParams` (THD). Backends, chosen once per run:
+
+    transformer_engine  GPU; Megatron's TEDotProductAttention
+    varlen              GPU without Transformer Engine; torch.nn.attention.varlen (torch >= 2.10)
+    sdpa                anywhere; scaled-dot-product attention per row, the reference the tests compare with
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+def choose_backend(requested: str, device: torch.device) -> str:
+    """The backend to use on `device`; ValueError when the requested one cannot run there."""
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    if requested == "auto":
+        if device.type != "cuda":
+            return "sdpa"
+        return "transformer_engine" if has_te else ("varlen" if has_varlen else "sdpa")
+    missing = {
+        "transformer_engine": device.type != "cuda" or not has_te,
+        "varlen": device.type != "cuda" or not has_varlen,
+        "sdpa": False,
+    }
+    if requested not in missing:
+        raise ValueError(f"attention_backend={requested!r} is unknown; choose auto or one of {sorted(missing)}")
+    if missing[requested]:
+        raise ValueError(
+            f"attention_backend={requested} cannot run on {device.type} here; set "
+            "actor_rollout_ref.actor.megatron.attention_backend=auto"
+        )
+    return requested
+
+
+class _PackedAttention(torch.nn.Module):
+    """Common shell: Megatron's constructor arguments, and the [T, heads * head_dim] result it expects."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **kwargs):
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query_TND: Tensor,
+        key_TKD: Tensor,
+        value_TKD: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type=None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        assert packed_seq_params is not None, "the policy only runs packed micro-batches"
+        out_TND = self.attend(query_TND, key_TKD, value_TKD, packed_seq_params)
+        return out_TND.reshape(out_TND.shape[0], -1)
+
+
+class SdpaPerRow(_PackedAttention):
+    """Causal attention, one row at a time: work grows with the sum of squared row lengths, not of the whole pack."""
+
+    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
+        lengths = packed.cu_seqlens_q.diff().tolist()
+        outs = []
+        for q, k, v in zip(
+            query_TND.split(lengths), key_TKD.split(lengths), value_TKD.split(lengths), strict=True
+        ):
+            out = F.scaled_dot_product_attention(
+                q.transpose(0, 1).unsqueeze(0),
+                k.transpose(0, 1).unsqueeze(0),
+                v.transpose(0, 1).unsqueeze(0),
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            outs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outs)
+
+
+class VarlenAttention(_PackedAttention):
+    """torch's variable-length flash attention; CUDA, bfloat16. torch 2.10 says is_causal, later ones window_size."""
+
+    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        by_flag = "is_causal" in inspect.signature(varlen_attn).parameters
+        causal = {"is_causal": True} if by_flag else {"window_size": (-1, 0)}
+        group = query_TND.shape[1] // key_TKD.shape[1]
+        return varlen_attn(
+            query_TND.contiguous(),
+            key_TKD.repeat_interleave(group, dim=1),
+            value_TKD.repeat_interleave(group, dim=1),
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self.softmax_scale,
+            **causal,
+        )
+
+
+def core_attention(backend: str) -> type:
+    """The module class for Megatron's `core_attention` slot under `backend` (a result of `choose_backend`)."""
+    if backend == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
+    return {"varlen": VarlenAttention, "sdpa": SdpaPerRow}[backend]

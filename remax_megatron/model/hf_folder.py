@@ -1,0 +1,158 @@
+"""Reading and writing Hugging Face weight folders, tensor by tensor, and nothing but safetensors.
+
+Model code and pickles in a folder are never touched. Writing is atomic: a folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# What makes a folder a model beside its weights; copied as it is when a trained policy is exported.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class HfWeights:
+    """Memory-mapped view of a folder's safetensors: `names`, `shape(name)`, `get(name)`.
+
+    ValueError: no safetensors, an index that names a missing file, or a damaged file.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            self._file_of = json.loads(index.read_text())["weight_map"]
+        else:
+            single = self.folder / "model.safetensors"
+            if not single.exists():
+                raise ValueError(
+                    f"{self.folder} holds neither model.safetensors nor model.safetensors.index.json; "
+                    "convert the weights to safetensors first"
+                )
+            self._file_of = dict.fromkeys(self._open_keys(single.name), single.name)
+        self._open: dict[str, object] = {}
+
+    def _open_keys(self, file: str) -> list[str]:
+        with self._reader(file) as reader:
+            return list(reader.keys())
+
+    def _reader(self, file: str):
+        path = self.folder / file
+        if not path.exists():
+            raise ValueError(f"{self.folder}: the index names {file}, which is missing")
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, struct.error, OSError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def _handle(self, name: str):
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = self._reader(file)
+        return self._open[file]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor, memory-mapped where the platform can."""
+        return self._handle(name).get_tensor(name)
+
+
+def write_hf_folder(
+    folder: str | Path, tensors: Iterable[tuple[str, Tensor]], source: str | Path, max_shard_bytes: int = 5 * 10**9
+) -> Path:
+    """Write `tensors` as sharded safetensors with an index, and the side files of `source`, then rename into place.
+
+    Streams: at most one shard (`max_shard_bytes`) of tensors is held. An existing `folder` is replaced at the end.
+    """
+    folder, source = Path(folder), Path(source)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending, pending_bytes
+        save_file(pending, aside / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending, pending_bytes = {}, 0
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > max_shard_bytes:
+            flush()
+        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        pending_bytes += size
+        total += size
+    flush()
+    weight_map = {}
+    for i, names in enumerate(shards):
+        final = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(aside / f"shard-{i}", aside / final)
+        weight_map.update(dict.fromkeys(names, final))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    for name in SIDE_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, aside / name)
+    _set_dtype(aside / "config.json", next(iter(tensors_dtype(aside))))
+    for path in aside.iterdir():
+        _fsync(path)
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder, old)
+    os.replace(aside, folder)
+    _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def tensors_dtype(folder: Path) -> set[torch.dtype]:
+    """The dtypes of a folder's tensors."""
+    weights = HfWeights(folder)
+    return {weights.get(name).dtype for name in weights.names}
+
+
+def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+    values = json.loads(config.read_text())
+    key = "torch_dtype" if "torch_dtype" in values else "dtype"
+    values[key] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""The one weight table: every Qwen2 tensor under its Hugging Face names and its Megatron name, and how it is cut.
+
+Pure: tensors in, tensors out; no groups, no Megatron import. The policy's loading, the weight sync into the rollout
+engine and the checkpoint converters all go through it.
+
+Megatron's side of the table (megatron-core 0.16.1, `get_gpt_layer_local_spec`):
+    linear_qkv   query heads of a group, then its key head, then its value head, group after group; cut by rows over
+                 tensor-parallel ranks, also when there are more ranks than groups (Megatron then gathers the output)
+    linear_fc1   on each rank: its rows of gate_proj, then its rows of up_proj
+    vocabulary   padded with zero rows to a multiple of `VOCAB_MULTIPLE` x TP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+VOCAB_MULTIPLE = 128
+EMBEDDING = "embedding.word_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+HEAD = "output_layer.weight"
+
+
+class Qwen2Shape(Protocol):
+    """The numbers of config.json that the table needs."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One Megatron tensor and the Hugging Face tensors it is made of.
+
+    `megatron_name` holds "{layer}" where the layer's number within its model chunk goes (see `owner`); `layer` is the
+    global number, None outside the layers. `kind` says how the tensor is merged and cut over tensor-parallel ranks:
+    replicated | row (along dim 1) | vocab (padded, along dim 0) | qkv | gate_up.
+    """
+
+    megatron_name: str
+    kind: str
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    layer: int | None = None
+
+
+def weight_table(shape: Qwen2Shape) -> list[WeightEntry]:
+    """Every distinct tensor, in the order of the forward pass. With tied embeddings there is no output_layer."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    q_rows, kv_rows = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    vocab = ((shape.vocab_size, hidden),)
+    norm = ((hidden,),)
+    q, k, v = (f"self_attn.{x}_proj" for x in "qkv")
+    per_layer = (
+        ("input_layernorm.weight", "replicated", ("input_layernorm.weight",), norm),
+        (
+            "self_attention.linear_qkv.weight",
+            "qkv",
+            (f"{q}.weight", f"{k}.weight", f"{v}.weight"),
+            ((q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)),
+        ),
+        (
+            "self_attention.linear_qkv.bias",
+            "qkv",
+            (f"{q}.bias", f"{k}.bias", f"{v}.bias"),
+            ((q_rows,), (kv_rows,), (kv_rows,)),
+        ),
+        ("self_attention.linear_proj.weight", "row", ("self_attn.o_proj.weight",), ((hidden, q_rows),)),
+        ("pre_mlp_layernorm.weight", "replicated", ("post_attention_layernorm.weight",), norm),
+        (
+            "mlp.linear_fc1.weight",
+            "gate_up",
+            ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            ((ffn, hidden), (ffn, hidden)),
+        ),
+        ("mlp.linear_fc2.weight", "row", ("mlp.down_proj.weight",), ((hidden, ffn),)),
+    )
+    entries = [WeightEntry(EMBEDDING, "vocab", ("model.embed_tokens.weight",), vocab)]
+    for layer in range(shape.num_layers):
+        for name, kind, hf_names, hf_shapes in per_layer:
+            in_layer = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)
+            entries.append(WeightEntry(f"decoder.layers.{{layer}}.{name}", kind, in_layer, hf_shapes, layer))
+    entries.append(WeightEntry(FINAL_NORM, "replicated", ("model.norm.weight",), norm))
+    if not shape.tied_embeddings:
+        entries.append(WeightEntry(HEAD, "vocab", ("lm_head.weight",), vocab))
+    return entries
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of Megatron's embedding: `vocab_size` rounded up to a multiple of 128 x TP."""
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+def to_megatron(entry: WeightEntry, hf: Mapping[str, Tensor], shape: Qwen2Shape, tp: int, tp_rank: int) -> Tensor:
+    """The shard of `entry` that tensor-parallel rank `tp_rank` of `tp` holds, from whole Hugging Face tensors."""
+    parts = [hf[name] for name in entry.hf_names]
+    if entry.kind == "replicated":
+        return parts[0]
+    if entry.kind == "row":
+        return parts[0].chunk(tp, dim=1)[tp_rank]
+    if entry.kind == "vocab":
+        rows = padded_vocab_size(shape.vocab_size, tp) // tp
+        mine = parts[0][tp_rank * rows : (tp_rank + 1) * rows]
+        if mine.shape[0] == rows:
+            return mine
+        return torch.cat([mine, mine.new_zeros(rows - mine.shape[0], mine.shape[1])])
+    if entry.kind == "gate_up":
+        return torch.cat([part.chunk(tp, dim=0)[tp_rank] for part in parts])
+    groups = shape.num_key_value_heads
+    by_group = [part.reshape(groups, -1, shape.head_dim, *part.shape[1:]) for part in parts]
+    merged = torch.cat(by_group, dim=1).flatten(0, 2)
+    return merged.chunk(tp, dim=0)[tp_rank]
+
+
+def to_hf(entry: WeightEntry, shards: Sequence[Tensor], shape: Qwen2Shape) -> dict[str, Tensor]:
+    """The whole Hugging Face tensors of `entry`, from the shards of all tensor-parallel ranks in rank order."""
+    if entry.kind == "replicated":
+        return {entry.hf_names[0]: shards[0]}
+    if entry.kind == "row":
+        return {entry.hf_names[0]: torch.cat(list(shards), dim=1)}
+    if entry.kind == "vocab":
+        return {entry.hf_names[0]: torch.cat(list(shards))[: shape.vocab_size]}
+    if entry.kind == "gate_up":
+        halves = [shard.chunk(2, dim=0) for shard in shards]
+        return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(entry.hf_names)}
+    merged = torch.cat(list(shards))
+    groups = shape.num_key_value_heads
+    heads = shape.num_attention_heads // groups
+    by_group = merged.reshape(groups, heads + 2, shape.head_dim, *merged.shape[1:])
+    query, key, value = by_group.split([heads, 1, 1], dim=1)
+    return {name: part.flatten(0, 2) for name, part in zip(entry.hf_names, (query, key, value), strict=True)}
+
+
+def shard_shape(entry: WeightEntry, shape: Qwen2Shape, tp: int) -> tuple[int, ...]:
+    """Shape of one tensor-parallel shard of `entry` (the same on every rank)."""
+    first, *_ = entry.hf_shapes
+    if entry.kind == "replicated":
+        return first
+    if entry.kind == "row":
+        return (first[0], first[1] // tp)
+    rows = padded_vocab_size(first[0], tp) if entry.kind == "vocab" else sum(s[0] for s in entry.hf_shapes)
+    return (rows // tp, *first[1:])
+
+
+def owner(entry: WeightEntry, num_layers: int, pp: int, vpp: int) -> tuple[int, int, str]:
+    """(pipeline rank, model chunk on it, parameter name there) of `entry`.
+
+    Layers are dealt as Megatron deals them: pp * vpp equal blocks, block b to rank b % pp as its chunk b // pp.
+    """
+    if entry.layer is None:
+        rank, chunk = (0, 0) if entry.megatron_name == EMBEDDING else (pp - 1, vpp - 1)
+        return rank, chunk, entry.megatron_name
+    per_block = num_layers // (pp * vpp)
+    block, local_layer = divmod(entry.layer, per_block)
+    return block % pp, block // pp, entry.megatron_name.format(layer=local_layer)

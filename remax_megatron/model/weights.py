@@ -1,0 +1,149 @@
+"""The policy's weights on their way in (from a Hugging Face folder) and out (as a stream of Hugging Face tensors).
+
+The stream feeds the rollout engine and the export alike. It goes through the weight table in flattened buckets of
+bounded size: the pipeline stage that owns a bucket broadcasts its tensor-parallel share along the pipeline, then the
+shares are gathered over the tensor-parallel ranks. Every rank takes part in every collective, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.model.hf_folder import HfWeights
+from remax_megatron.model.weight_table import (
+    EMBEDDING,
+    HEAD,
+    WeightEntry,
+    owner,
+    shard_shape,
+    to_hf,
+    to_megatron,
+    weight_table,
+)
+from remax_megatron.parallel.layout import Layout
+
+
+def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
+    """ValueError naming the first missing, extra or misshapen tensor of the folder."""
+    expected = {
+        name: shape
+        for entry in weight_table(facts)
+        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+    # Derived or duplicated by some writers; carries nothing of its own.
+    ignorable = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
+    if facts.tied_embeddings:
+        ignorable.add("lm_head.weight")
+    if missing := sorted(expected.keys() - weights.names):
+        raise ValueError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    if extra := sorted(weights.names - expected.keys() - ignorable):
+        raise ValueError(f"{weights.folder}: {len(extra)} tensors do not belong to a Qwen2 model, first {extra[0]}")
+    for name, shape in expected.items():
+        if weights.shape(name) != shape:
+            raise ValueError(f"{weights.folder}: {name} has shape {weights.shape(name)}, config.json says {shape}")
+
+
+def load_hf(chunks: list[torch.nn.Module], folder: str, facts: ModelFacts, layout: Layout) -> None:
+    """Fill this rank's parameters from a Hugging Face folder, in the parameters' dtype. No collectives.
+
+    With tied embeddings and more than one pipeline stage the last stage's copy of the embedding is filled too.
+    """
+    weights = HfWeights(folder)
+    check_folder(weights, facts)
+    parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+    for entry in weight_table(facts):
+        rank, chunk, name = owner(entry, facts.num_layers, layout.pp, layout.vpp)
+        targets = [parameters[chunk].pop(name)] if rank == layout.pp_rank else []
+        if entry.megatron_name == EMBEDDING and facts.tied_embeddings and HEAD in parameters[-1]:
+            targets.append(parameters[-1].pop(HEAD))
+        if not targets:
+            continue
+        shard = to_megatron(entry, {n: weights.get(n) for n in entry.hf_names}, facts, layout.tp, layout.tp_rank)
+        for target in targets:
+            with torch.no_grad():
+                target.copy_(shard)
+            # Megatron's gradient norm counts a parameter on every tensor-parallel rank only when it is marked as cut.
+            cut = entry.kind != "replicated"
+            for attribute, value in {"tensor_model_parallel": cut, "partition_dim": int(entry.kind == "row")}.items():
+                setattr(target, attribute, value)
+    left = [name for chunk in parameters for name in chunk]
+    assert not left, f"parameters without an entry in the weight table: {left}"
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Consecutive tensors of one pipeline stage: (entry, chunk, parameter name, shard shape, offset)."""
+
+    stage: int
+    numel: int
+    slots: list[tuple[WeightEntry, int, str, tuple[int, ...], int]]
+
+
+class WeightStream:
+    """The policy's weights as (Hugging Face name, whole tensor), computed anew at each iteration.
+
+    The plan of buckets is made once. `num_bytes` is the size of the Hugging Face tensors of one pass.
+    """
+
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        facts: ModelFacts,
+        layout: Layout,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+    ):
+        self._parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+        self._facts, self._layout, self._dtype = facts, layout, dtype
+        self._buckets = self._plan(bucket_bytes)
+        numel = sum(torch.Size(s).numel() for entry in weight_table(facts) for s in entry.hf_shapes)
+        self.num_bytes = numel * dtype.itemsize
+
+    def _plan(self, bucket_bytes: int) -> list[_Bucket]:
+        limit = max(1, bucket_bytes // self._dtype.itemsize)
+        by_stage: dict[int, list] = {stage: [] for stage in range(self._layout.pp)}
+        for entry in weight_table(self._facts):
+            stage, chunk, name = owner(entry, self._facts.num_layers, self._layout.pp, self._layout.vpp)
+            by_stage[stage].append((entry, chunk, name, shard_shape(entry, self._facts, self._layout.tp)))
+        buckets = []
+        for stage, items in by_stage.items():
+            slots: list = []
+            numel = 0
+            for entry, chunk, name, shape in items:
+                size = torch.Size(shape).numel()
+                if slots and numel + size > limit:
+                    buckets.append(_Bucket(stage, numel, slots))
+                    slots, numel = [], 0
+                slots.append((entry, chunk, name, shape, numel))
+                numel += size
+            buckets.append(_Bucket(stage, numel, slots))
+        return buckets
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Collective over each model replica: all its ranks iterate to the end. Tensors die with the next bucket."""
+        layout = self._layout
+        for bucket in self._buckets:
+            share = torch.empty(bucket.numel, dtype=self._dtype, device=layout.device)
+            if bucket.stage == layout.pp_rank:
+                for _, chunk, name, shape, offset in bucket.slots:
+                    target = share[offset : offset + torch.Size(shape).numel()].view(shape)
+                    target.copy_(self._parameters[chunk][name])
+            if layout.pp > 1:
+                source = dist.get_global_rank(layout.pp_group, bucket.stage)
+                dist.broadcast(share, src=source, group=layout.pp_group)
+            shares = [share]
+            if layout.tp > 1:
+                gathered = torch.empty(layout.tp, bucket.numel, dtype=self._dtype, device=layout.device)
+                dist.all_gather_into_tensor(gathered.view(-1), share, group=layout.tp_group)
+                shares = list(gathered)
+            for entry, _, _, shape, offset in bucket.slots:
+                size = torch.Size(shape).numel()
+                shards = [one[offset : offset + size].view(shape) for one in shares]
+                yield from to_hf(entry, shards, self._facts).items()

@@ -1,0 +1,1 @@
+"""Process groups, ranks and devices: who am I, and on what."""

@@ -1,0 +1,90 @@
+"""The ranks of one run: torch.distributed, Megatron's groups, and where this rank stands in them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from remax_megatron.parallel import cpu_platform
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes and this rank's coordinates. `vpp` is the number of model chunks per pipeline rank (1: none)."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp: int
+    pp: int
+    vpp: int
+    dp: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """True on the one rank per data-parallel replica whose last-stage results are counted."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def init_distributed(device: str, timeout_s: int) -> torch.device:
+    """Join torchrun's process group (gloo on CPU, NCCL on GPUs). Every rank calls; returns this rank's device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local)
+    else:
+        local = torch.device("cpu")
+        cpu_platform.prepare()
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29400")
+    dist.init_process_group(
+        backend="nccl" if device == "cuda" else "gloo",
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    return local
+
+
+def init_model_parallel(device: torch.device, *, tp: int, pp: int, vpp: int | None, seed: int) -> Layout:
+    """Create Megatron's groups (every rank calls, same arguments) and seed its RNG tracker."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        create_gloo_process_groups=False,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        tp=tp,
+        pp=pp,
+        vpp=vpp or 1,
+        dp=mpu.get_data_parallel_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        tp_group=mpu.get_tensor_model_parallel_group(),
+        pp_group=mpu.get_pipeline_model_parallel_group(),
+        dp_group=mpu.get_data_parallel_group(),
+    )

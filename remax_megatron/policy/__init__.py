@@ -1,0 +1,1 @@
+"""The Megatron policy: scoring, updating, and handing out its weights."""

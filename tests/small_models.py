@@ -1,0 +1,41 @@
+"""Small Qwen2 folders with random weights, made by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def make_qwen2(folder: Path, *, tied: bool, vocab: int = 211, kv: int = 2, heads: int = 4, layers: int = 4, seed=0):
+    """A Qwen2 with head_dim 32 and random weights, biases and norms included; float32; returns the folder."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,672 @@
+"""Settings: presets, overrides, rules, and the command line, all without torch, Megatron or vLLM."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from remax_megatron.config import cli
+from remax_megatron.config.load import known_keys, list_presets, load_config, nearest_keys, presets_dir, to_yaml
+from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
+from remax_megatron.config.rules import RULES, validate, validate_files, value_of
+from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def qwen2_5(layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, tied: bool) -> ModelFacts:
+    return ModelFacts(layers, hidden, ffn, heads, kv, hidden // heads, vocab, tied, max_position_embeddings=32768)
+
+
+MODELS = {
+    "qwen2_5_3b": qwen2_5(36, 2048, 11008, 16, 2, 151936, tied=True),
+    "qwen2_5_7b": qwen2_5(28, 3584, 18944, 28, 4, 152064, tied=False),
+    "qwen2_5_14b": qwen2_5(48, 5120, 13824, 40, 8, 152064, tied=False),
+    "qwen2_5_32b": qwen2_5(64, 5120, 27648, 40, 8, 152064, tied=False),
+}
+# The demo's shape where the demo itself is not the point: 4 layers, 4 heads of 32, 2 KV heads.
+TINY = ModelFacts(4, 128, 384, 4, 2, 32, 512, True, 512)
+
+ACTOR = "actor_rollout_ref.actor"
+MEGATRON = f"{ACTOR}.megatron"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def check(*overrides: str, preset: str = "demo", world_size: int | None = None, model: ModelFacts | None = TINY):
+    """Load and validate; as many ranks as the settings ask for unless told otherwise."""
+    loaded = load_config(preset, overrides)
+    trainer = loaded.config.trainer
+    notes = validate(loaded.config, world_size or trainer.nnodes * trainer.n_gpus_per_node, model)
+    return loaded.config, loaded.notes + notes
+
+
+# Presets and the guide's examples ------------------------------------------------------------------------------------
+
+
+def test_every_preset_is_listed_with_a_description_and_all_are_tested():
+    presets = list_presets()
+    assert list(presets) == ["demo", *MODELS]
+    assert all(len(text) > 20 for text in presets.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gpu_presets_are_valid_for_their_model(name):
+    config, notes = check(preset=name, model=MODELS[name])
+    assert notes == []
+    assert config.algorithm.adv_estimator == "remax" and not config.algorithm.use_kl_in_reward
+    assert config.data.train_files == str(Path("~/data/gsm8k/train.parquet").expanduser())
+    assert name.removeprefix("qwen2_5_").upper() in config.actor_rollout_ref.model.path
+
+
+def test_demo_preset_is_valid_for_the_embedded_model():
+    config, notes = check(model=resolve_model_facts(EMBEDDED_MODEL))
+    validate_files(config)
+    assert notes == []
+    assert (config.trainer.device, config.trainer.default_local_dir) == ("cpu", "runs/demo")
+    assert (config.data.train_files, config.data.val_files) == EMBEDDED_FILES
+
+
+GUIDE_EXAMPLES = {
+    "gsm8k 7B": (
+        "qwen2_5_7b",
+        [
+            "data.train_batch_size=1024",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=24000",
+            f"{ROLLOUT}.n=4",
+            "trainer.total_epochs=10",
+        ],
+        {"data.train_batch_size": 1024, f"{ACTOR}.ppo_max_token_len_per_gpu": 24000, f"{ROLLOUT}.n": 4},
+    ),
+    "no KL": (
+        "qwen2_5_7b",
+        ["data.train_batch_size=1024", "algorithm.use_kl_in_reward=False", "trainer.logger=['console','wandb']"],
+        {"algorithm.use_kl_in_reward": False, "trainer.logger": ["console", "wandb"], "trainer.total_epochs": 10},
+    ),
+    "14B": (
+        "qwen2_5_14b",
+        [
+            "data.train_batch_size=512",
+            f"{ACTOR}.optim.lr=5e-7",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=16000",
+            f"{ROLLOUT}.tensor_model_parallel_size=4",
+        ],
+        {"data.train_batch_size": 512, f"{ACTOR}.optim.lr": 5e-7, f"{ROLLOUT}.tensor_model_parallel_size": 4},
+    ),
+    "long": (
+        "qwen2_5_7b",
+        [
+            "data.max_prompt_length=1024",
+            "data.max_response_length=2048",
+            "data.train_batch_size=512",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=12000",
+            "trainer.total_epochs=15",
+        ],
+        {"data.max_response_length": 2048, f"{ACTOR}.ppo_max_token_len_per_gpu": 12000, "trainer.total_epochs": 15},
+    ),
+    "four nodes": (
+        "qwen2_5_7b",
+        [
+            "data.train_batch_size=2048",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=20000",
+            f"{ROLLOUT}.tensor_model_parallel_size=2",
+            "trainer.nnodes=4",
+            "trainer.n_gpus_per_node=8",
+        ],
+        {"data.train_batch_size": 2048, f"{ACTOR}.ppo_max_token_len_per_gpu": 20000, "trainer.nnodes": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("example", GUIDE_EXAMPLES)
+def test_guide_examples_compose_and_are_valid(example):
+    preset, overrides, expected = GUIDE_EXAMPLES[example]
+    config, _ = check(*overrides, preset=preset, model=MODELS[preset])
+    assert {key: value_of(config, key) for key in expected} == expected
+
+
+def test_every_key_of_the_guide_is_known():
+    names = {
+        "data": "train_files,val_files,train_batch_size,max_prompt_length,max_response_length,filter_overlong_prompts,truncation",
+        "actor_rollout_ref.model": "path,use_remove_padding,enable_gradient_checkpointing",
+        ACTOR: "optim.lr,ppo_mini_batch_size,use_dynamic_bsz,ppo_max_token_len_per_gpu,use_kl_loss,kl_loss_coef,"
+        "kl_loss_type,entropy_coeff,clip_ratio,loss_agg_mode,ppo_epochs,fsdp_config.param_offload,fsdp_config.optimizer_offload",
+        MEGATRON: "tensor_model_parallel_size,pipeline_model_parallel_size,virtual_pipeline_model_parallel_size,"
+        "context_parallel_size,sequence_parallel,use_distributed_optimizer,param_offload,grad_offload,optimizer_offload",
+        "actor_rollout_ref.ref": "fsdp_config.param_offload",
+        ROLLOUT: "name,tensor_model_parallel_size,gpu_memory_utilization,n,temperature,top_p,top_k",
+        "algorithm": "adv_estimator,use_kl_in_reward,kl_penalty,kl_ctrl.kl_coef,kl_ctrl.type,kl_ctrl.horizon,kl_ctrl.target_kl",
+        "trainer": "critic_warmup,logger,project_name,experiment_name,n_gpus_per_node,nnodes,save_freq,test_freq,"
+        "total_epochs,val_before_train,default_local_dir,resume_mode",
+        "custom_reward_function": "path,name",
+    }
+    keys = {f"{group}.{name}" for group, listed in names.items() for name in listed.split(",")}
+    assert keys - set(known_keys()) == set()
+
+
+# Overrides, types, unknown keys --------------------------------------------------------------------------------------
+
+
+def test_overrides_as_hydra_users_write_them():
+    config = load_config(
+        "demo",
+        [
+            f"+{ACTOR}.clip_ratio=0.3",
+            "++trainer.seed=7",
+            "trainer.logger=[console,tensorboard]",
+            "data={train_batch_size:32,max_prompt_length:64}",
+            "trainer.experiment_name=${trainer.project_name}_x",
+            f"{ACTOR}.ppo_mini_batch_size=null",
+            "data.train_files=[~/a.parquet,b=1.jsonl]".replace("~/a.parquet", "'~/a.parquet'").replace(
+                "b=1.jsonl", "'b=1.jsonl'"
+            ),
+            "data.val_files=~/x=1/test.parquet",
+        ],
+    ).config
+    assert config.actor_rollout_ref.actor.clip_ratio == 0.3
+    assert (config.trainer.seed, config.trainer.logger) == (7, ["console", "tensorboard"])
+    assert (config.data.train_batch_size, config.data.max_prompt_length, config.data.max_response_length) == (
+        32,
+        64,
+        48,
+    )
+    assert config.trainer.experiment_name == f"{config.trainer.project_name}_x"
+    home = str(Path.home())
+    assert config.data.train_files == [f"{home}/a.parquet", "b=1.jsonl"]
+    assert config.data.val_files == f"{home}/x=1/test.parquet"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("lr", f"{ACTOR}.optim.lr"),
+        ("n", f"{ROLLOUT}.n"),
+        ("model.path", "actor_rollout_ref.model.path"),
+        ("trainer.sed", "trainer.seed"),
+        ("trainer.total_epoch", "trainer.total_epochs"),
+        ("temperatur", f"{ROLLOUT}.temperature"),
+        (f"{MEGATRON}.tensor_parallel_size", f"{MEGATRON}.tensor_model_parallel_size"),
+        ("critic.optim.lr", f"{ACTOR}.optim.lr"),
+        ("ref.fsdp_config.param_offload", "actor_rollout_ref.ref.fsdp_config.param_offload"),
+    ],
+)
+def test_unknown_key_names_the_nearest(wrong, nearest):
+    assert nearest_keys(wrong)[0] == nearest
+    for prefix in ("", "+", "++"):
+        with pytest.raises(ConfigError, match=rf"unknown setting {wrong}; did you mean {nearest}"):
+            load_config("demo", [f"{prefix}{wrong}=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.seed=abc", ["trainer.seed='abc'", "an integer"]),
+        ("trainer.seed=1.5", ["trainer.seed=1.5", "an integer"]),
+        ("trainer.seed=null", ["trainer.seed=None", "an integer"]),
+        ("data.val_batch_size=x", ["data.val_batch_size='x'", "an integer or null"]),
+        (f"{ACTOR}.optim.lr=fast", ["optim.lr='fast'", "a number"]),
+        ("trainer.val_before_train=maybe", ["'maybe'", "True or False"]),
+        ("trainer=3", ["trainer=3", "group of settings"]),
+        ("data=null", ["data=None", "group of settings"]),
+        ("trainer.seed", ["cannot be read", "key=value"]),
+        ("trainer.seed=1,2", ["sweep", "[a,b]"]),
+        ("~trainer.seed", ["deletes"]),
+        ("trainer/x=y", ["config group"]),
+        ("data={train_batch_size:8,foo:2}", ["unknown setting data.foo"]),
+        ("hydra.run.dir=x", ["unknown setting hydra.run.dir"]),
+        ("trainer.seed=${nowhere}", ["trainer.seed", "interpolation", "nowhere"]),
+        ("actor_rollout_ref.model.path=???", ["actor_rollout_ref.model.path is not set"]),
+        ("data.train_files=???", ["data.train_files is not set"]),
+    ],
+)
+def test_unreadable_override_is_one_clear_error(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [override])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trainer: [", ["cannot be read", "line"]),
+        ("- a", ["cannot be read"]),
+        ("trainer: {seed: 1}\ntrainer: {seed: 2}", ["cannot be read", "duplicate"]),
+        ("defaults: [nowhere, _self_]", ["cannot be read", "nowhere"]),
+        ("trainer: {sed: 1}", ["unknown setting trainer.sed (in the preset mine)", "trainer.seed"]),
+        ("trainer.sed: 1", ["unknown setting trainer.sed", "trainer.seed"]),
+        ("trainer: {seed: abc}", ["trainer.seed='abc' (in the preset mine)", "an integer"]),
+        ("trainer: 3", ["trainer=3", "group of settings"]),
+        ("critic: {optim: {lr: 1}}", ["unknown setting critic.optim.lr", "actor.optim.lr"]),
+    ],
+)
+def test_wrong_preset_is_one_clear_error(tmp_path, text, words):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config("mine", config_dir=tmp_path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_own_preset_builds_on_a_shipped_one_with_nested_and_dotted_keys(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "# Mine.\ndefaults: [qwen2_5_7b, _self_]\n"
+        f"data:\n  max_prompt_length: 256\n{ACTOR}.optim.lr: 2e-6\ndata.train_batch_size: 96\ntrainer:\n"
+    )
+    config = load_config("mine.yaml", ["data.train_batch_size=48"], tmp_path).config
+    assert (config.data.max_prompt_length, config.data.train_batch_size) == (256, 48)
+    assert config.actor_rollout_ref.actor.optim.lr == 2e-6
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-7B-Instruct"
+    assert list_presets(tmp_path) == {"mine": "Mine."}
+
+
+@pytest.mark.parametrize("name", ["demo", *MODELS])
+def test_yaml_round_trip(tmp_path, name):
+    config = load_config(name, ["trainer.logger=[console,wandb]", "data.train_files=[a.parquet,b.parquet]"]).config
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = load_config("config", config_dir=tmp_path)
+    assert again.config == config and again.notes == []
+
+
+# Mapped and remarked settings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "key", "value"),
+    [
+        (f"{ACTOR}.fsdp_config.param_offload=True", f"is read as {MEGATRON}", f"{MEGATRON}.param_offload", True),
+        (
+            f"{ACTOR}.fsdp_config.optimizer_offload=True",
+            f"is read as {MEGATRON}",
+            f"{MEGATRON}.optimizer_offload",
+            True,
+        ),
+        (
+            "actor_rollout_ref.ref.fsdp_config.param_offload=True",
+            "no reference policy",
+            "actor_rollout_ref.ref.megatron.param_offload",
+            True,
+        ),
+        (f"{MEGATRON}.sequence_parallel=True", "treated as False", f"{MEGATRON}.sequence_parallel", False),
+        (
+            f"{MEGATRON}.virtual_pipeline_model_parallel_size=1",
+            "treated as null",
+            f"{MEGATRON}.virtual_pipeline_model_parallel_size",
+            None,
+        ),
+        (f"{MEGATRON}.grad_offload=True", "no effect: the run is on the CPU", f"{MEGATRON}.grad_offload", True),
+        ("trainer.critic_warmup=5", "ReMax has no critic", "trainer.critic_warmup", 5),
+        (f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", "packs by tokens", f"{ACTOR}.ppo_micro_batch_size_per_gpu", 4),
+        ("trainer.logger=console", None, "trainer.logger", ["console"]),
+    ],
+)
+def test_mapped_settings(override, words, key, value):
+    config, notes = check(override, f"{MEGATRON}.tensor_model_parallel_size=1")
+    assert value_of(config, key) == value
+    assert words is None or any(words in note for note in notes), notes
+
+
+def test_no_validation_data_is_remarked():
+    _, notes = check("data.val_files=null", "trainer.test_freq=-1")
+    assert any("no validation" in note for note in notes)
+
+
+def test_alias_and_its_key_must_agree():
+    with pytest.raises(ConfigError, match="stands for"):
+        load_config("demo", [f"{ACTOR}.fsdp_config.param_offload=True", f"{MEGATRON}.param_offload=False"])
+
+
+def test_offload_on_cuda_is_allowed_without_remark():
+    _, notes = check(f"{MEGATRON}.optimizer_offload=True", preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"])
+    assert notes == []
+
+
+# Rules ---------------------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "choice": (["data.truncation=middle"], ["data.truncation=middle", "error, left, right"]),
+    "device": (["trainer.device=tpu"], ["trainer.device=tpu", "auto, cuda, cpu"]),
+    "resume": (["trainer.resume_mode=auto"], ["resume_mode=auto", "disable", "checkpoints are not offered"]),
+    "estimator": (["algorithm.adv_estimator=grpo"], ["adv_estimator=grpo", "set it to remax"]),
+    "fsdp": ([f"{ACTOR}.strategy=fsdp"], ["strategy=fsdp", "set it to megatron", "fsdp_config"]),
+    "loss mode": ([f"{ACTOR}.loss_agg_mode=seq-mean-token-sum"], ["loss_agg_mode", "token-mean"]),
+    "engine": ([f"{ROLLOUT}.name=sglang"], ["rollout.name=sglang", "vllm"]),
+    "dtype": ([f"{MEGATRON}.dtype=float16"], ["dtype=float16", "bfloat16, float32"]),
+    "rollout dtype": ([f"{ROLLOUT}.dtype=half"], ["dtype=half", "null, bfloat16, float32"]),
+    "positive": (["data.train_batch_size=0"], ["train_batch_size=0", "greater than 0"]),
+    "epochs": (["trainer.total_epochs=0"], ["total_epochs=0", "greater than 0"]),
+    "samples": ([f"{ROLLOUT}.n=0"], ["rollout.n=0", "greater than 0"]),
+    "finite": ([f"{ACTOR}.optim.lr=nan"], ["optim.lr=nan", "greater than 0"]),
+    "entropy": ([f"{ACTOR}.entropy_coeff=-0.1"], ["entropy_coeff=-0.1", "0 or greater"]),
+    "test_freq": (["trainer.test_freq=-2"], ["test_freq=-2", "-1 for none"]),
+    "val samples": (["data.val_max_samples=0"], ["val_max_samples=0", "-1"]),
+    "beta": ([f"{ACTOR}.optim.beta2=1.0"], ["beta2=1.0", "below 1"]),
+    "clip": ([f"{ACTOR}.clip_ratio=1.5"], ["clip_ratio=1.5", "below 1"]),
+    "dual clip": ([f"{ACTOR}.clip_ratio_c=1.0"], ["clip_ratio_c=1.0", "above 1"]),
+    "memory share": ([f"{ROLLOUT}.gpu_memory_utilization=60"], ["gpu_memory_utilization=60", "at most 1"]),
+    "temperature": ([f"{ROLLOUT}.temperature=0"], ["temperature=0", "greater than 0"]),
+    "top_p": ([f"{ROLLOUT}.top_p=0.9"], ["top_p=0.9", "renormalised", "top_p=1.0"]),
+    "top_k": ([f"{ROLLOUT}.top_k=50"], ["top_k=50", "renormalised", "top_k=-1"]),
+    "gamma": (["algorithm.gamma=0.99"], ["gamma=0.99", "algorithm.gamma=1.0"]),
+    "kl reward": (["algorithm.use_kl_in_reward=True"], ["needs a reference policy", "algorithm.use_kl_in_reward=False"]),
+    "kl loss": ([f"{ACTOR}.use_kl_loss=True"], ["needs a reference policy", "use_kl_loss=False"]),
+    "save": (["trainer.save_freq=10"], ["save_freq=10", "checkpoints are not offered", "save_freq=-1"]),
+    "padding": (["actor_rollout_ref.model.use_remove_padding=False"], ["always packed", "use_remove_padding=True"]),
+    "remote code": (["actor_rollout_ref.model.trust_remote_code=True"], ["never executed", "trust_remote_code=False"]),
+    "cp": ([f"{MEGATRON}.context_parallel_size=2"], ["context parallelism is not offered", "context_parallel_size=1"]),
+    "replicas": ([f"{MEGATRON}.pipeline_model_parallel_size=2"], ["=2 x pipeline_model_parallel_size=2", "2 ranks"]),
+    "rollout ranks": ([f"{ROLLOUT}.tensor_model_parallel_size=4"], ["=4", "2 ranks", "one of 1, 2"]),
+    "vpp": ([f"{MEGATRON}.virtual_pipeline_model_parallel_size=2"], ["=2 needs pipeline_model_parallel_size", "=null"]),
+    "mini divides": ([f"{ACTOR}.ppo_mini_batch_size=48"], ["ppo_mini_batch_size=48", "train_batch_size=64", "divisor"]),
+    "mini larger": ([f"{ACTOR}.ppo_mini_batch_size=128"], ["ppo_mini_batch_size=128", "larger", "train_batch_size=64"]),
+    "rows": (
+        ["data.train_batch_size=1", f"{ROLLOUT}.n=1", f"{MEGATRON}.tensor_model_parallel_size=1"],
+        ["1 rows", "2 data-parallel", "at least 2"],
+    ),
+    "fixed size": ([f"{ACTOR}.use_dynamic_bsz=False"], ["use_dynamic_bsz=False needs", "ppo_micro_batch_size_per_gpu"]),
+    "budget": ([f"{ACTOR}.ppo_max_token_len_per_gpu=100"], ["=100", "=96", "=48", "at least 144"]),
+    "budget tp": (
+        [f"{ACTOR}.ppo_max_token_len_per_gpu=4095", f"{MEGATRON}.sequence_parallel=True"],
+        ["=4095", "multiple", "tensor_model_parallel_size=2", "4096"],
+    ),
+    "engine step": (
+        [f"{ROLLOUT}.max_num_batched_tokens=64", f"{ROLLOUT}.max_num_seqs=128"],
+        ["max_num_batched_tokens=64", "max_num_seqs=128", "at least 128"],
+    ),
+    "logger": (["trainer.logger=[console,mlflow]"], ["'mlflow'", "console, wandb, tensorboard"]),
+    "no val files": (["data.val_files=null"], ["test_freq=10", "data.val_files is not set"]),
+    "folder": (["trainer.default_local_dir="], ["default_local_dir is empty"]),
+    "backend": ([f"{MEGATRON}.attention_backend=varlen"], ["attention_backend=varlen", "trainer.device=cpu", "auto"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_rule_says_setting_values_and_mend(case):
+    overrides, words = BROKEN[case]
+    with pytest.raises(ConfigError) as caught:
+        check(*overrides)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_rule_about_settings_is_broken_by_some_case():
+    """No rule without a test: each case is refused by exactly one rule first, and all rules occur."""
+    seen = set()
+    for overrides, _ in BROKEN.values():
+        config = load_config("demo", overrides).config
+        for rule in RULES:
+            try:
+                validate_one(rule, config)
+            except ConfigError:
+                seen.add(rule.__name__)
+    seen.add("ranks_match_launcher")  # has its own test below
+    assert {rule.__name__ for rule in RULES} == seen
+
+
+def validate_one(rule, config: Config) -> None:
+    from remax_megatron.config.rules import Setup
+
+    rule(Setup(config, config.trainer.nnodes * config.trainer.n_gpus_per_node, TINY))
+
+
+def test_ranks_match_launcher():
+    with pytest.raises(ConfigError, match=r"is 2 ranks, but 1 were started; .*--nproc-per-node 2"):
+        check(world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "words"),
+    [
+        ([f"{MEGATRON}.pipeline_model_parallel_size=8"], "qwen2_5_7b", ["=8", "28 layers", "1, 2, 4, 7, 14, 28"]),
+        (
+            [f"{MEGATRON}.pipeline_model_parallel_size=4", f"{MEGATRON}.virtual_pipeline_model_parallel_size=2"],
+            "qwen2_5_7b",
+            ["=2 x pipeline_model_parallel_size=4", "28 layers", "one of 1, 7"],
+        ),
+        (
+            [f"{MEGATRON}.tensor_model_parallel_size=8"],
+            "qwen2_5_7b",
+            ["=8", "28 attention heads", "one of 1, 2, 4, 28"],
+        ),
+        ([f"{MEGATRON}.tensor_model_parallel_size=7", "trainer.n_gpus_per_node=7"], "qwen2_5_7b", ["=7", "4 KV heads"]),
+        ([f"{ROLLOUT}.tensor_model_parallel_size=8"], "qwen2_5_7b", ["rollout.tensor_model", "28 attention heads"]),
+        (
+            ["data.max_response_length=32768", f"{ACTOR}.ppo_max_token_len_per_gpu=40000"],
+            "qwen2_5_7b",
+            ["33280", "32768"],
+        ),
+    ],
+)
+def test_rules_about_the_model(overrides, model, words):
+    overrides = [f"{MEGATRON}.tensor_model_parallel_size=1", f"{ROLLOUT}.tensor_model_parallel_size=1", *overrides]
+    with pytest.raises(ConfigError) as caught:
+        check(*overrides, preset=model, model=MODELS[model])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_ffn_must_be_cut_evenly():
+    model = ModelFacts(4, 128, 383, 4, 2, 32, 512, True, 512)
+    with pytest.raises(ConfigError, match="=2 does not divide the model's ffn size 383; .* to 1$"):
+        check(model=model)
+
+
+def test_kv_heads_may_be_fewer_than_ranks():
+    """3B has 2 KV heads: TP 8 copies each onto four ranks."""
+    tp8 = [f"{MEGATRON}.tensor_model_parallel_size=8", f"{ROLLOUT}.tensor_model_parallel_size=8"]
+    check(*tp8, preset="qwen2_5_3b", model=MODELS["qwen2_5_3b"])
+
+
+def test_narrow_heads_are_refused_on_cpu_only():
+    narrow = ModelFacts(4, 64, 128, 4, 2, 16, 512, True, 512)
+    with pytest.raises(ConfigError, match="head_dim=16.*at least 32"):
+        check(model=narrow)
+    check("trainer.device=cuda", model=narrow)
+
+
+@pytest.mark.parametrize("tp_pp_vpp", [(2, 1, None), (1, 2, None), (1, 1, None), (1, 2, 2)])
+def test_demo_layouts_are_valid(tp_pp_vpp):
+    tp, pp, vpp = tp_pp_vpp
+    check(
+        f"{MEGATRON}.tensor_model_parallel_size={tp}",
+        f"{MEGATRON}.pipeline_model_parallel_size={pp}",
+        f"{MEGATRON}.virtual_pipeline_model_parallel_size={'null' if vpp is None else vpp}",
+    )
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_files_exist_with_a_known_suffix(tmp_path):
+    config = load_config("demo").config
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "reward.py").write_text("")
+
+    def refused(words: str, **changes):
+        changed = copy.deepcopy(config)
+        changed.custom_reward_function.path = changes.get("reward")
+        changed.custom_reward_function.name = changes.get("name", "compute_score")
+        changed.data.train_files = changes.get("train", EMBEDDED_FILES[0])
+        changed.data.val_files = changes.get("val")
+        if not words:
+            return validate_files(changed)
+        with pytest.raises(ConfigError, match=words):
+            validate_files(changed)
+
+    refused("", train=[str(tmp_path / "a.jsonl")], reward=str(tmp_path / "reward.py"))
+    refused("no such file", train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    refused("unknown suffix '.csv'.*parquet", train=str(tmp_path / "a.csv"))
+    refused("data.val_files=.*not embedded data.*word-problems/test", val="embedded:other")
+    refused("not set", train=None)
+    refused("holds", train={"a": 1})
+    refused("custom_reward_function.path", reward=str(tmp_path / "none.py"))
+    refused("custom_reward_function.path", reward=str(tmp_path / "a.jsonl"))
+    refused("custom_reward_function.name", name="not a name")
+
+
+# The model's folder --------------------------------------------------------------------------------------------------
+
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "use_sliding_window": False,
+}
+
+
+def test_facts_from_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    facts = ModelFacts.from_folder(tmp_path)
+    assert facts == ModelFacts(4, 128, 384, 4, 2, 32, 512, True, 512, rms_norm_eps=1e-5, rope_theta=1e6)
+    assert resolve_model_facts(str(tmp_path)) == facts
+
+
+def test_facts_of_both_transformers_generations():
+    new = {key: value for key, value in QWEN2.items() if key != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert ModelFacts.from_hf_config(new, "x").rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "not a Qwen2 model.*llama.*Qwen2ForCausalLM"),
+        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "mixture-of-experts"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "not a Qwen2 model"),
+        ({"model_type": None}, "not a Qwen2 model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised model.*gptq"),
+        ({"use_sliding_window": True}, "use_sliding_window=true"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope scaling \(yarn\)"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers=None, expected a positive integer"),
+        ({"hidden_size": 130}, "hidden_size=130, not a multiple of num_attention_heads=4"),
+    ],
+)
+def test_other_models_are_refused_by_name(tmp_path, change, words):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | change))
+    with pytest.raises(ConfigError, match=words):
+        ModelFacts.from_folder(tmp_path)
+
+
+def test_unusable_folders(tmp_path):
+    with pytest.raises(ConfigError, match="no config.json"):
+        ModelFacts.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        ModelFacts.from_folder(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        resolve_model_facts(str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="only one is embedded:word-problems"):
+        resolve_model_facts("embedded:poems")
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def run(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "remax_megatron.config.cli", *argv],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_cfg_job_prints_the_resolved_settings(tmp_path):
+    done = run("--config-name", "qwen2_5_14b", "--cfg", "job", "trainer.seed=5")
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "config.yaml").write_text(done.stdout)
+    config = load_config("config", config_dir=tmp_path).config
+    assert config == load_config("qwen2_5_14b", ["trainer.seed=5"]).config
+    assert "runs/remax_gsm8k/qwen2_5_14b" in done.stdout
+
+
+def test_help_teaches():
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "torchrun --nproc-per-node" in done.stdout and "--cfg job" in done.stdout
+    for name, description in list_presets().items():
+        assert f"  {name}" in done.stdout and description in done.stdout
+    for line in done.stdout.splitlines():  # each setting that the help shows exists
+        if line.startswith("  ") and "=" in line and not line.startswith("  torchrun"):
+            for word in line.split():
+                assert "=" not in word or word.partition("=")[0] in known_keys(), word
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["lr=1"], "did you mean actor_rollout_ref.actor.optim.lr?"),
+        (["trainer.seed=abc"], "an integer"),
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=100"], "at least 144"),
+        (["actor_rollout_ref.model.path=/nowhere/model"], "no such folder"),
+        (["data.train_files=/nowhere/train.parquet"], "no such file"),
+        (["--config-name", "nope"], "one of: demo, qwen2_5_3b"),
+        (["--config-dir", "/nowhere"], "does not exist"),
+        (["--cfg", "hydra"], "invalid choice"),
+        (["--frobnicate"], "--frobnicate"),
+        (["trainer.seed=${nowhere}"], "interpolation"),
+    ],
+)
+def test_bad_input_is_one_error_line_and_exit_code_2(argv, words, capfd):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(argv)
+    out, err = capfd.readouterr()
+    assert (exit_.value.code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_offline_hub_id_is_one_error_line(tmp_path):
+    done = run("actor_rollout_ref.model.path=some-org/some-model", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        "error: actor_rollout_ref.model.path=some-org/some-model" in done.stderr
+        and "could not be downloaded" in done.stderr
+    )
+
+
+def test_cached_hub_config_needs_no_network(tmp_path, monkeypatch):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(QWEN2))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(config))
+    assert resolve_model_facts("some-org/some-model").num_layers == 4
+
+
+def test_other_ranks_leave_the_first_one_the_word(monkeypatch, capfd):
+    waits = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(SystemExit):
+        cli.main(["lr=1"])
+    assert waits == [cli.OTHER_RANKS_WAIT_S] and capfd.readouterr().err.count("error:") == 1
+
+
+def test_loading_and_checking_imports_no_torch(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    code = (
+        "import sys; from remax_megatron.config import cli\n"
+        f"assert cli.main(['actor_rollout_ref.model.path={tmp_path}']) == 0\n"
+        "assert cli.main([]) == 0\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'megatron'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "the settings are valid" in done.stdout
+
+
+def test_presets_dir_is_the_repository_s():
+    assert presets_dir() == REPOSITORY / "conf"

@@ -1,0 +1,155 @@
+"""Metrics: every writer with the real library, the console's words, the timer, and the picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from remax_megatron import plots
+from remax_megatron.metrics import MetricsWriter, PhaseTimer, console_lines, read_metrics
+
+STEP = {
+    "epoch": 1,
+    "actor/loss": 0.1891,
+    "reward/mean": 0.5121,
+    "baseline/mean": 0.4,
+    "advantage/mean": 0.1121,
+    "throughput/trained_tokens_per_s": 8123.4,
+    "throughput/generated_tokens_per_s": 900.6,
+    "sync/seconds": 0.118,
+}
+LINE = (
+    "Epoch 1, Step 3: Actor Loss: 0.189, Reward: 0.512, Baseline: 0.400, Advantage: +0.112, "
+    "Trained Tokens/s: 8123, Generated Tokens/s: 901, Sync: 0.12s"
+)
+
+
+def writer(run_dir: Path, *loggers: str, **kwargs: object) -> MetricsWriter:
+    return MetricsWriter(run_dir, list(loggers), "project", "experiment", "data:\n  seed: 1\n", **kwargs)
+
+
+def test_metrics_jsonl_is_always_written_and_continued(tmp_path: Path) -> None:
+    first = writer(tmp_path / "run")
+    first.log(1, {"reward/mean": 0.5, "batch/num_tokens": 123, "actor/loss": float("nan"), "x": float("-inf")})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()  # before close: each line is flushed
+    assert lines == ['{"step": 1, "reward/mean": 0.5, "batch/num_tokens": 123, "actor/loss": null, "x": null}']
+    first.close()
+    first.close()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rew')  # what a killed run leaves
+    second = writer(tmp_path / "run")
+    second.log(2, {"val/accuracy": 0.25})
+    second.close()
+    assert [r["step"] for r in read_metrics(second.path)] == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
+
+
+def test_values_must_be_numbers(tmp_path: Path) -> None:
+    metrics = writer(tmp_path)
+    with pytest.raises(TypeError, match="metric 'a' must be an int or a float, found str: '1'"):
+        metrics.log(1, {"a": "1"})  # type: ignore[dict-item]
+    metrics.close()
+    assert metrics.path.read_text() == ""
+
+
+def test_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = writer(tmp_path, "console")
+    metrics.log(3, {**STEP, "val/accuracy": 0.4784})
+    metrics.close()
+    assert capsys.readouterr().out.splitlines() == [LINE, "Validation Accuracy: 47.8%"]
+    said: list[str] = []
+    metrics = writer(tmp_path, "console", echo=said.append)
+    metrics.log(0, {"val/accuracy": 1.0})
+    metrics.close()
+    assert said == ["Validation Accuracy: 100.0%"] and console_lines(1, {"time/step_s": 1.0}) == []
+
+
+def test_unknown_logger(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="trainer.logger names 'mlflow', which is unknown; use console, wandb, tensorboard"
+    ):
+        writer(tmp_path / "run", "console", "mlflow")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_logger_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError):
+        import wandb  # noqa: F401
+    with pytest.raises(ValueError, match="trainer.logger names 'wandb', which is not installed: pip install wandb"):
+        writer(tmp_path, "wandb")
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = writer(tmp_path, "tensorboard")
+    metrics.log(1, {"reward/mean": 0.25})
+    metrics.log(2, {"reward/mean": 0.5})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    metrics = writer(tmp_path, "wandb")
+    metrics.log(1, {"reward/mean": 0.25})
+    metrics.close()
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+
+
+def test_loggers_are_imported_only_when_asked_for() -> None:
+    code = (
+        "import sys, remax_megatron.metrics; print([m for m in ('wandb', 'torch', 'tensorboard') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_phase_timer() -> None:
+    ticks = iter([0.0, 1.0, 3.0, 10.0, 14.0, 20.0])  # step 0 .. 20: rollout 1 .. 3, and 10 .. 14
+    timer = PhaseTimer(clock=lambda: next(ticks))
+    with timer.phase("step"):
+        with timer.phase("rollout"):
+            pass
+        with pytest.raises(RuntimeError), timer.phase("rollout"):
+            raise RuntimeError
+    assert timer.pop() == {"time/rollout_s": 6.0, "time/step_s": 20.0}
+    assert timer.pop() == {}
+
+
+def run_of(path: Path, steps: int) -> Path:
+    records = [{"step": 0, "val/accuracy": 0.21}]
+    for step in range(1, steps + 1):
+        record = {"step": step, "reward/mean": 0.3 + 0.5 * step / steps, "baseline/mean": 0.2 + 0.6 * step / steps}
+        if step % 20 == 0:
+            record["val/accuracy"] = 0.21 + 0.6 * step / steps
+        records.append(record)
+    records[3]["reward/mean"] = None  # what a NaN became
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    png = tmp_path / "out" / "curves.png"
+    assert plots.main([str(run_of(tmp_path / "metrics.jsonl", 60)), str(png)]) == 0
+    content = png.read_bytes()
+    assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
+    width, height = int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
+    assert (width, height) == (1500, 600)
+    assert [p.name for p in png.parent.iterdir()] == ["curves.png"]
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')  # nothing of what is drawn: an empty picture, no error
+    assert plots.main([str(tmp_path / "metrics.jsonl"), str(png)]) == 0
+    for text, message in (("", "no records to draw"), ("{", ":1: not JSON"), ("{}", ":1: not a metrics record")):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert plots.main([str(tmp_path / "metrics.jsonl"), str(png)]) == 2
+        assert message in capsys.readouterr().err
