@@ -14,12 +14,11 @@ def make_qwen2(folder: Path, *, tied: bool, vocab: int = 211, kv: int = 2, heads
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab,
-        hidden_size=64,
+        hidden_size=32 * heads,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
-        head_dim=32,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         rms_norm_eps=1e-6,

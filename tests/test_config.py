@@ -7,14 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from remax_megatron.config import cli
 from remax_megatron.config.load import known_keys, list_presets, load_config, nearest_keys, presets_dir, to_yaml
 from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
-from remax_megatron.config.rules import RULES, validate, validate_files, value_of
+from remax_megatron.config.rules import RULES, Setup, validate, validate_files, value_of
 from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -38,12 +41,36 @@ MEGATRON = f"{ACTOR}.megatron"
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
-def check(*overrides: str, preset: str = "demo", world_size: int | None = None, model: ModelFacts | None = TINY):
-    """Load and validate; as many ranks as the settings ask for unless told otherwise."""
+@cache
+def preset_config(name: str) -> Config:
+    return load_config(name).config
+
+
+def quick_config(preset: str, overrides: Iterable[str]) -> Config:
+    """The preset with values set one by one: 0.2 s faster than composing it, for the many tests of rules."""
+    config = copy.deepcopy(preset_config(preset))
+    parser = OverridesParser.create()
+    for text in overrides:
+        override = parser.parse_override(text)
+        group, _, name = override.key_or_group.rpartition(".")
+        assert override.key_or_group in known_keys()
+        setattr(value_of(config, group), name, override.value())
+    return config
+
+
+def check(
+    *overrides: str, preset: str = "demo", world_size: int | None = None, model: ModelFacts | None = TINY
+) -> list[str]:
+    """Validate the preset with `overrides`; as many ranks as the settings ask for unless told otherwise."""
+    config = quick_config(preset, overrides)
+    return validate(config, world_size or config.trainer.nnodes * config.trainer.n_gpus_per_node, model)
+
+
+def load_and_check(*overrides: str, preset: str = "demo", model: ModelFacts = TINY) -> tuple[Config, list[str]]:
+    """As `check`, through the real loader; returns its notes too."""
     loaded = load_config(preset, overrides)
     trainer = loaded.config.trainer
-    notes = validate(loaded.config, world_size or trainer.nnodes * trainer.n_gpus_per_node, model)
-    return loaded.config, loaded.notes + notes
+    return loaded.config, loaded.notes + validate(loaded.config, trainer.nnodes * trainer.n_gpus_per_node, model)
 
 
 # Presets and the guide's examples ------------------------------------------------------------------------------------
@@ -57,7 +84,7 @@ def test_every_preset_is_listed_with_a_description_and_all_are_tested():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gpu_presets_are_valid_for_their_model(name):
-    config, notes = check(preset=name, model=MODELS[name])
+    config, notes = load_and_check(preset=name, model=MODELS[name])
     assert notes == []
     assert config.algorithm.adv_estimator == "remax" and not config.algorithm.use_kl_in_reward
     assert config.data.train_files == str(Path("~/data/gsm8k/train.parquet").expanduser())
@@ -65,7 +92,7 @@ def test_gpu_presets_are_valid_for_their_model(name):
 
 
 def test_demo_preset_is_valid_for_the_embedded_model():
-    config, notes = check(model=resolve_model_facts(EMBEDDED_MODEL))
+    config, notes = load_and_check(model=resolve_model_facts(EMBEDDED_MODEL))
     validate_files(config)
     assert notes == []
     assert (config.trainer.device, config.trainer.default_local_dir) == ("cpu", "runs/demo")
@@ -126,21 +153,24 @@ GUIDE_EXAMPLES = {
 @pytest.mark.parametrize("example", GUIDE_EXAMPLES)
 def test_guide_examples_compose_and_are_valid(example):
     preset, overrides, expected = GUIDE_EXAMPLES[example]
-    config, _ = check(*overrides, preset=preset, model=MODELS[preset])
+    config, _ = load_and_check(*overrides, preset=preset, model=MODELS[preset])
     assert {key: value_of(config, key) for key in expected} == expected
 
 
 def test_every_key_of_the_guide_is_known():
     names = {
-        "data": "train_files,val_files,train_batch_size,max_prompt_length,max_response_length,filter_overlong_prompts,truncation",
+        "data": "train_files,val_files,train_batch_size,max_prompt_length,max_response_length,filter_overlong_prompts,"
+        "truncation",
         "actor_rollout_ref.model": "path,use_remove_padding,enable_gradient_checkpointing",
         ACTOR: "optim.lr,ppo_mini_batch_size,use_dynamic_bsz,ppo_max_token_len_per_gpu,use_kl_loss,kl_loss_coef,"
-        "kl_loss_type,entropy_coeff,clip_ratio,loss_agg_mode,ppo_epochs,fsdp_config.param_offload,fsdp_config.optimizer_offload",
+        "kl_loss_type,entropy_coeff,clip_ratio,loss_agg_mode,ppo_epochs,fsdp_config.param_offload,"
+        "fsdp_config.optimizer_offload",
         MEGATRON: "tensor_model_parallel_size,pipeline_model_parallel_size,virtual_pipeline_model_parallel_size,"
         "context_parallel_size,sequence_parallel,use_distributed_optimizer,param_offload,grad_offload,optimizer_offload",
         "actor_rollout_ref.ref": "fsdp_config.param_offload",
         ROLLOUT: "name,tensor_model_parallel_size,gpu_memory_utilization,n,temperature,top_p,top_k",
-        "algorithm": "adv_estimator,use_kl_in_reward,kl_penalty,kl_ctrl.kl_coef,kl_ctrl.type,kl_ctrl.horizon,kl_ctrl.target_kl",
+        "algorithm": "adv_estimator,use_kl_in_reward,kl_penalty,kl_ctrl.kl_coef,kl_ctrl.type,kl_ctrl.horizon,"
+        "kl_ctrl.target_kl",
         "trainer": "critic_warmup,logger,project_name,experiment_name,n_gpus_per_node,nnodes,save_freq,test_freq,"
         "total_epochs,val_before_train,default_local_dir,resume_mode",
         "custom_reward_function": "path,name",
@@ -162,9 +192,7 @@ def test_overrides_as_hydra_users_write_them():
             "data={train_batch_size:32,max_prompt_length:64}",
             "trainer.experiment_name=${trainer.project_name}_x",
             f"{ACTOR}.ppo_mini_batch_size=null",
-            "data.train_files=[~/a.parquet,b=1.jsonl]".replace("~/a.parquet", "'~/a.parquet'").replace(
-                "b=1.jsonl", "'b=1.jsonl'"
-            ),
+            "data.train_files=['~/a.parquet','b=1.jsonl']",
             "data.val_files=~/x=1/test.parquet",
         ],
     ).config
@@ -304,13 +332,13 @@ def test_yaml_round_trip(tmp_path, name):
     ],
 )
 def test_mapped_settings(override, words, key, value):
-    config, notes = check(override, f"{MEGATRON}.tensor_model_parallel_size=1")
+    config, notes = load_and_check(override, f"{MEGATRON}.tensor_model_parallel_size=1")
     assert value_of(config, key) == value
     assert words is None or any(words in note for note in notes), notes
 
 
 def test_no_validation_data_is_remarked():
-    _, notes = check("data.val_files=null", "trainer.test_freq=-1")
+    notes = check("data.val_files=null", "trainer.test_freq=-1")
     assert any("no validation" in note for note in notes)
 
 
@@ -320,8 +348,7 @@ def test_alias_and_its_key_must_agree():
 
 
 def test_offload_on_cuda_is_allowed_without_remark():
-    _, notes = check(f"{MEGATRON}.optimizer_offload=True", preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"])
-    assert notes == []
+    assert check(f"{MEGATRON}.optimizer_offload=True", preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"]) == []
 
 
 # Rules ---------------------------------------------------------------------------------------------------------------
@@ -351,7 +378,7 @@ BROKEN = {
     "top_p": ([f"{ROLLOUT}.top_p=0.9"], ["top_p=0.9", "renormalised", "top_p=1.0"]),
     "top_k": ([f"{ROLLOUT}.top_k=50"], ["top_k=50", "renormalised", "top_k=-1"]),
     "gamma": (["algorithm.gamma=0.99"], ["gamma=0.99", "algorithm.gamma=1.0"]),
-    "kl reward": (["algorithm.use_kl_in_reward=True"], ["needs a reference policy", "algorithm.use_kl_in_reward=False"]),
+    "kl reward": (["algorithm.use_kl_in_reward=True"], ["needs a reference policy", "use_kl_in_reward=False"]),
     "kl loss": ([f"{ACTOR}.use_kl_loss=True"], ["needs a reference policy", "use_kl_loss=False"]),
     "save": (["trainer.save_freq=10"], ["save_freq=10", "checkpoints are not offered", "save_freq=-1"]),
     "padding": (["actor_rollout_ref.model.use_remove_padding=False"], ["always packed", "use_remove_padding=True"]),
@@ -362,10 +389,6 @@ BROKEN = {
     "vpp": ([f"{MEGATRON}.virtual_pipeline_model_parallel_size=2"], ["=2 needs pipeline_model_parallel_size", "=null"]),
     "mini divides": ([f"{ACTOR}.ppo_mini_batch_size=48"], ["ppo_mini_batch_size=48", "train_batch_size=64", "divisor"]),
     "mini larger": ([f"{ACTOR}.ppo_mini_batch_size=128"], ["ppo_mini_batch_size=128", "larger", "train_batch_size=64"]),
-    "rows": (
-        ["data.train_batch_size=1", f"{ROLLOUT}.n=1", f"{MEGATRON}.tensor_model_parallel_size=1"],
-        ["1 rows", "2 data-parallel", "at least 2"],
-    ),
     "fixed size": ([f"{ACTOR}.use_dynamic_bsz=False"], ["use_dynamic_bsz=False needs", "ppo_micro_batch_size_per_gpu"]),
     "budget": ([f"{ACTOR}.ppo_max_token_len_per_gpu=100"], ["=100", "=96", "=48", "at least 144"]),
     "budget tp": (
@@ -396,20 +419,15 @@ def test_every_rule_about_settings_is_broken_by_some_case():
     """No rule without a test: each case is refused by exactly one rule first, and all rules occur."""
     seen = set()
     for overrides, _ in BROKEN.values():
-        config = load_config("demo", overrides).config
+        config = quick_config("demo", overrides)
         for rule in RULES:
             try:
-                validate_one(rule, config)
+                rule(Setup(config, config.trainer.nnodes * config.trainer.n_gpus_per_node, TINY))
             except ConfigError:
                 seen.add(rule.__name__)
+                break
     seen.add("ranks_match_launcher")  # has its own test below
     assert {rule.__name__ for rule in RULES} == seen
-
-
-def validate_one(rule, config: Config) -> None:
-    from remax_megatron.config.rules import Setup
-
-    rule(Setup(config, config.trainer.nnodes * config.trainer.n_gpus_per_node, TINY))
 
 
 def test_ranks_match_launcher():
@@ -429,9 +447,17 @@ def test_ranks_match_launcher():
         (
             [f"{MEGATRON}.tensor_model_parallel_size=8"],
             "qwen2_5_7b",
-            ["=8", "28 attention heads", "one of 1, 2, 4, 28"],
+            ["=8", "28 attention heads", "one of 1, 2, 4"],
         ),
-        ([f"{MEGATRON}.tensor_model_parallel_size=7", "trainer.n_gpus_per_node=7"], "qwen2_5_7b", ["=7", "4 KV heads"]),
+        (
+            [
+                f"{MEGATRON}.tensor_model_parallel_size=7",
+                f"{MEGATRON}.sequence_parallel=False",
+                "trainer.n_gpus_per_node=7",
+            ],
+            "qwen2_5_7b",
+            ["=7", "4 KV heads"],
+        ),
         ([f"{ROLLOUT}.tensor_model_parallel_size=8"], "qwen2_5_7b", ["rollout.tensor_model", "28 attention heads"]),
         (
             ["data.max_response_length=32768", f"{ACTOR}.ppo_max_token_len_per_gpu=40000"],
@@ -602,7 +628,7 @@ def test_help_teaches():
     for name, description in list_presets().items():
         assert f"  {name}" in done.stdout and description in done.stdout
     for line in done.stdout.splitlines():  # each setting that the help shows exists
-        if line.startswith("  ") and "=" in line and not line.startswith("  torchrun"):
+        if line.startswith(("  actor", "  data", "  trainer")):
             for word in line.split():
                 assert "=" not in word or word.partition("=")[0] in known_keys(), word
 
@@ -655,12 +681,12 @@ def test_other_ranks_leave_the_first_one_the_word(monkeypatch, capfd):
     assert waits == [cli.OTHER_RANKS_WAIT_S] and capfd.readouterr().err.count("error:") == 1
 
 
-def test_loading_and_checking_imports_no_torch(tmp_path):
+@pytest.mark.parametrize("model", ["folder", EMBEDDED_MODEL])
+def test_loading_and_checking_imports_no_torch(tmp_path, model):
     (tmp_path / "config.json").write_text(json.dumps(QWEN2))
     code = (
         "import sys; from remax_megatron.config import cli\n"
-        f"assert cli.main(['actor_rollout_ref.model.path={tmp_path}']) == 0\n"
-        "assert cli.main([]) == 0\n"
+        f"assert cli.main(['actor_rollout_ref.model.path={tmp_path if model == 'folder' else model}']) == 0\n"
         "heavy = {'torch', 'vllm', 'transformers', 'megatron'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)

@@ -49,7 +49,7 @@ settings that are often changed (all of them: --cfg job):
   actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16000    token budget of a micro-batch
   actor_rollout_ref.actor.megatron.tensor_model_parallel_size=2
   actor_rollout_ref.rollout.tensor_model_parallel_size=2
-  trainer.nnodes=4 trainer.n_gpus_per_node=8         ranks = the product of the two
+  trainer.nnodes=4 trainer.n_gpus_per_node=8         ranks: the product of the two
   trainer.logger=[console,wandb]                     of console, wandb, tensorboard
   trainer.default_local_dir=DIR                      metrics.jsonl, config.yaml and the trained model
 

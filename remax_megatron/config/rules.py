@@ -122,10 +122,6 @@ class Setup:
         return self.megatron.pipeline_model_parallel_size
 
     @property
-    def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp)
-
-    @property
     def mini_batch(self) -> int:
         """Prompts per optimizer step."""
         return self.actor.ppo_mini_batch_size or self.config.data.train_batch_size
@@ -337,18 +333,6 @@ def mini_batches_divide_batch(setup: Setup) -> None:
         raise ConfigError(
             f"{ACTOR}.ppo_mini_batch_size={mini} {problem} data.train_batch_size={batch} (both count prompts);"
             f" set {ACTOR}.ppo_mini_batch_size={batch} or a divisor of it"
-        )
-
-
-def every_replica_gets_rows(setup: Setup) -> None:
-    """A micro-batch cannot be empty; the interleaved schedule needs a multiple of the pipeline's stages of them."""
-    vpp = setup.megatron.virtual_pipeline_model_parallel_size or 1
-    rows, needed = setup.mini_batch * setup.rollout.n, setup.dp * (setup.pp if vpp > 1 else 1)
-    if rows < needed:
-        raise ConfigError(
-            f"{ACTOR}.ppo_mini_batch_size={setup.mini_batch} prompts x {ROLLOUT}.n={setup.rollout.n} is {rows} rows,"
-            f" fewer than the {needed} that {setup.dp} data-parallel replicas need; set {ACTOR}.ppo_mini_batch_size to"
-            f" at least {math.ceil(needed / setup.rollout.n)}"
         )
 
 
@@ -594,7 +578,6 @@ RULES: tuple[Callable[[Setup], None], ...] = (
     rollout_tp_divides_ranks,
     virtual_stages_need_a_pipeline,
     mini_batches_divide_batch,
-    every_replica_gets_rows,
     fixed_micro_batches_have_a_size,
     budget_holds_longest_sequence,
     budget_is_cut_evenly,

@@ -105,7 +105,7 @@ def transformer_config_overrides() -> dict:
     }
 
 
-def prepare_vllm(run_id: str, kv_cache_gib: float) -> None:
+def prepare_vllm(run_id: str) -> None:
     """Environment and shared-memory names of vLLM's CPU worker; call on every rank before importing vllm.
 
     With tensor parallelism its ranks share segments in /dev/shm whose name is the same for every run under an
@@ -117,7 +117,11 @@ def prepare_vllm(run_id: str, kv_cache_gib: float) -> None:
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
     original = _CPUSHMDistributed.make_group_name
-    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{run_id}-{original(communicator)}")
+
+    def make_group_name(communicator) -> str:
+        return f"/{run_id}-{original(communicator).replace('/', '')}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
 def new_run_id() -> str:

@@ -138,8 +138,8 @@ class Policy:
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
-    def logprobs(self, rows: Sequence[Row]) -> list[list[float]]:
-        """log pi(token | before) of every response token of `rows`, in nats under the sampling temperature.
+    def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
+        """log pi(token | before) of every response token of `rows`, in nats; None: at the sampling temperature.
 
         Collective: all ranks, same rows; the result is on every rank.
         """
@@ -157,7 +157,7 @@ class Policy:
             return logprob_R.sum(), {}
 
         with torch.no_grad():
-            self._run(rows, schedule, collect, forward_only=True)
+            self._run(rows, schedule, collect, forward_only=True, temperature=temperature)
         dist.all_reduce(flat)
         values = flat.tolist()
         return [values[start : start + len(row.response_ids)] for row, start in zip(rows, offsets, strict=True)]
@@ -259,6 +259,7 @@ class Policy:
         loss: Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, dict]],
         *,
         forward_only: bool,
+        temperature: float | None = None,
         on_microbatch: Callable[[PackedBatch], None] | None = None,
     ) -> None:
         """Megatron's forward (and backward) schedule over this rank's micro-batches; all ranks call."""
@@ -285,7 +286,11 @@ class Policy:
             chunk.train(not forward_only)
         with torch.no_grad() if forward_only else nullcontext():
             self._forward_backward(
-                forward_step_func=partial(self._forward_step, loss=loss),
+                forward_step_func=partial(
+                    self._forward_step,
+                    loss=loss,
+                    temperature=self.temperature if temperature is None else temperature,
+                ),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(mine),
@@ -294,7 +299,7 @@ class Policy:
                 forward_only=forward_only,
             )
 
-    def _forward_step(self, batches: Iterator[PackedBatch], chunk, *, loss):
+    def _forward_step(self, batches: Iterator[PackedBatch], chunk, *, loss, temperature: float):
         batch = next(batches)
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -311,13 +316,13 @@ class Policy:
         )
 
         def loss_func(hidden_T1H: Tensor):
-            logprob_R, entropy_R = self._score(chunk, hidden_T1H, batch)
+            logprob_R, entropy_R = self._score(chunk, hidden_T1H, batch, temperature)
             total, metrics = loss(batch, logprob_R, entropy_R)
             return total, torch.zeros([], dtype=torch.int), metrics
 
         return output, loss_func
 
-    def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy at the scored positions, from the last stage's hidden states."""
         group = self.layout.tp_group
         if self.sequence_parallel:
@@ -331,7 +336,7 @@ class Policy:
             head,
             batch.target_R,
             vocab_size=self.facts.vocab_size,
-            temperature=self.temperature,
+            temperature=temperature,
             chunk_size=self.actor.megatron.logprob_chunk_size,
             group=group,
         )

@@ -1,0 +1,121 @@
+"""The bridge: the policy's weights into the rollout engine, and the canary that proves they arrived.
+
+After every sync the canary has fixed prompts scored by both sides, and answers sampled by the engine (which read the
+prefix cache) scored by the policy. A difference over the threshold stops the run before a rollout is spent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from remax_megatron.parallel.seeds import derive_seed
+from remax_megatron.policy.policy import Policy
+from remax_megatron.rollout.engine import Engine, ScoringRequest
+from remax_megatron.types import Prompt, Row
+
+NUM_CANARIES = 2
+NUM_SAMPLED = 8
+# Largest accepted difference of log-probabilities in nats: of any token in float32, on average in bfloat16.
+THRESHOLD = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+class CanaryError(RuntimeError):
+    """The engine does not compute with the policy's weights; the message names the worst token."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """One sync: `num_bytes` of Hugging Face tensors in `seconds` (canary excluded), and the canary's differences."""
+
+    weight_version: int
+    seconds: float
+    num_bytes: int
+    canary_seconds: float
+    canary_mean: float
+    canary_max: float
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.num_bytes / 1e9 / max(self.seconds, 1e-9)
+
+
+class Bridge:
+    """Holds the plan of the weight stream and the canary's prompts; `sync` is collective over the world."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: Engine,
+        canary_prompts: Sequence[Prompt],
+        *,
+        dtype: str,
+        bucket_bytes: int,
+        threshold: float | None,
+        seed: int,
+    ):
+        self.policy, self.engine = policy, engine
+        self.weight_version = -1
+        self._by_mean = dtype != "float32"
+        self._threshold = THRESHOLD[dtype] if threshold is None else threshold
+        self._stream = policy.weight_stream(getattr(torch, dtype), bucket_bytes)
+        self._canaries = [
+            ScoringRequest(prompt.token_ids, NUM_SAMPLED, derive_seed(seed, i))
+            for i, prompt in enumerate(canary_prompts[:NUM_CANARIES])
+        ]
+
+    def sync(self) -> SyncReport:
+        """Send the weights, reset the prefix cache, run the canary; CanaryError on every rank when it fails."""
+        start = time.perf_counter()
+        self.engine.reload(self._stream)
+        self.weight_version += 1
+        sent = time.perf_counter()
+        mean, maximum = self._canary()
+        return SyncReport(
+            weight_version=self.weight_version,
+            seconds=sent - start,
+            num_bytes=self._stream.num_bytes,
+            canary_seconds=time.perf_counter() - sent,
+            canary_mean=mean,
+            canary_max=maximum,
+        )
+
+    def _canary(self) -> tuple[float, float]:
+        """(mean, maximum) absolute difference in nats over all canary tokens of all replicas."""
+        mine = self.engine.score(self._canaries) if self._canaries else []
+        answers: list = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, mine if self.engine.leads_replica else None)
+        given_rows, sampled_rows = [], []
+        for replica in answers:
+            for canary, (given, tokens, logprobs) in zip(self._canaries, replica or [], strict=replica is not None):
+                ids = canary.token_ids
+                given_rows.append(_row(ids[:1], list(ids[1:]), given))
+                sampled_rows.append(_row(ids, tokens, logprobs))
+        differences = []
+        for rows, temperature in ((given_rows, 1.0), (sampled_rows, self.policy.temperature)):
+            ours = self.policy.logprobs(rows, temperature=temperature)
+            for row, policy_logprobs in zip(rows, ours, strict=True):
+                pairs = zip(row.response_ids, policy_logprobs, row.rollout_logprobs, strict=True)
+                differences += [(abs(p - e), position, token, p, e) for position, (token, p, e) in enumerate(pairs)]
+        mean = sum(d[0] for d in differences) / len(differences)
+        # NaN compares false with everything: count it as the worst.
+        worst = max(differences, key=lambda d: d[0] if d[0] == d[0] else float("inf"))
+        measured = mean if self._by_mean else worst[0]
+        if not measured <= self._threshold:
+            _, position, token, policy_value, engine_value = worst
+            raise CanaryError(
+                f"weight sync {self.weight_version}: the rollout engine does not compute with the policy's weights. "
+                f"{'Mean' if self._by_mean else 'Largest'} log-probability difference {measured:.3g} over the canary, "
+                f"limit {self._threshold:g} (actor_rollout_ref.rollout.canary_threshold); worst at scored position "
+                f"{position}, token {token} {self.engine.tokenizer.decode([token])!r}: "
+                f"policy {policy_value:.6f}, engine {engine_value:.6f}"
+            )
+        return mean, worst[0]
+
+
+def _row(prompt_ids: tuple[int, ...], response_ids: list[int], logprobs: list[float]) -> Row:
+    return Row(prompt_ids, response_ids, [0.0] * len(response_ids), logprobs)

