@@ -66,6 +66,11 @@ class MetricsWriter:
             for line in console_lines(step, metrics):
                 self._echo(line)
 
+    def say(self, line: str) -> None:
+        """A line for people that is no metric: to the console, when that is asked for."""
+        if self._echo is not None:
+            self._echo(line)
+
     def close(self) -> None:
         """Closes every writer; a second call does nothing."""
         self._file.close()

@@ -298,7 +298,7 @@ def test_bad_values(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_broken_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Cut, overwritten inside, empty, missing, a folder, of an unknown kind: each one DataError naming the file."""
+    """Cut, a bit flipped, overwritten, empty, missing, a folder, an unknown kind: one DataError naming the file."""
     info = {"split": "train", "index": 0, "answer": "a" * 500, "question": "q"}
     rows = [make_row(data_source="d", prompt=words(i % 10), ground_truth=str(i), extra_info=info) for i in range(200)]
     whole = tmp_path / "whole.parquet"
@@ -308,6 +308,7 @@ def test_broken_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Non
         "half.parquet": content[: len(content) // 2],
         "tail.parquet": content[:-1],
         "empty.parquet": b"",
+        "bit.parquet": content[:100] + bytes([content[100] ^ 1]) + content[101:],  # found by the page's checksum
         "inside.parquet": content[:40] + b"\xff" * 400 + content[440:],
         "text.parquet": b"hello, this is not parquet at all",
     }

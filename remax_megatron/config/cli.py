@@ -23,6 +23,7 @@ from remax_megatron.config.load import list_presets, load_config, presets_dir, t
 from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
 from remax_megatron.config.rules import validate, validate_files
 from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.errors import UserError
 
 EXIT_BAD_SETTINGS = 2
 OTHER_RANKS_WAIT_S = 5.0
@@ -112,14 +113,14 @@ def load_and_validate(request: CliRequest, world_size: int | None) -> tuple[Conf
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turn a ConfigError into one `error:` line on standard error and exit code 2.
+    """Turn a UserError into one `error:` line on standard error and exit code 2.
 
     Under a launcher all ranks find the same error. The first rank of each node prints it at once; the others leave it
     the time to do so, after which the launcher has ended them, unless the error was theirs alone.
     """
     try:
         yield
-    except ConfigError as error:
+    except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(OTHER_RANKS_WAIT_S)
         print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)

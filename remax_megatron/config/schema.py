@@ -12,11 +12,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from remax_megatron.errors import UserError
+
 EMBEDDED_MODEL = "embedded:word-problems"
 EMBEDDED_FILES = (f"{EMBEDDED_MODEL}/train", f"{EMBEDDED_MODEL}/test")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that the user has to change: the message names it, its value, the limit, and what to set instead."""
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from remax_megatron.data.dataset import read_jsonl
 from remax_megatron.data.schema import DataError, make_row, write_parquet
 
 DATA_SOURCE = "openai/gsm8k"
@@ -53,8 +54,6 @@ def to_row(example: Mapping[str, Any], split: str, index: int) -> dict[str, Any]
 
 def rows_from_jsonl(folder: Path, split: str) -> list[dict[str, Any]]:
     """The rows of `folder/split.jsonl`, in order. DataError "FILE:LINE: ..." for the first bad line."""
-    from remax_megatron.data.dataset import read_jsonl
-
     path = folder / f"{split}.jsonl"
     rows: list[dict[str, Any]] = []
     for line, example in read_jsonl(path):

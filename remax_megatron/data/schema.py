@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from remax_megatron.atomic import replacing
+from remax_megatron.errors import UserError
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file, or a data setting, that cannot be used; the message names the file, the place and the mend."""
 
 
@@ -74,5 +75,5 @@ def write_parquet(
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise DataError(f"{path}: a row does not fit the schema: {error}") from error
     with replacing(path) as tmp:
-        pq.write_table(table, tmp)
+        pq.write_table(table, tmp, write_page_checksum=True)  # the loader verifies: a flipped bit is an error
     return len(rows)

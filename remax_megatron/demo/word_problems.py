@@ -80,16 +80,16 @@ class Problem:
 
 
 def _add(x: int, y: int) -> tuple[str, int]:
-    return f"{x} + {y} = {x + y}", x + y
+    return f"{x}+{y}={x + y}", x + y
 
 
 def _sub(x: int, y: int) -> tuple[str, int]:
     x, y = max(x, y), min(x, y)
-    return f"{x} - {y} = {x - y}", x - y
+    return f"{x}-{y}={x - y}", x - y
 
 
 def _mul(x: int, y: int) -> tuple[str, int]:
-    return f"{x} * {y} = {x * y}", x * y
+    return f"{x}*{y}={x * y}", x * y
 
 
 def _one_step(family: str, question: str, who: str, things: str, right: tuple[str, int], wrong: tuple[str, int]) -> Problem:
@@ -128,14 +128,16 @@ def _separate(rng: random.Random, a: str, b: str, things: str) -> Problem:
 
 
 def _compare(rng: random.Random, a: str, b: str, things: str) -> Problem:
-    """The word misleads: who has *more than* the other is given, so the other has fewer, and the other way round."""
+    """The word misleads: "y more than b" is said of a, so b has fewer."""
     y = rng.randint(2, 10)
     x = y + rng.randint(1, 10)
-    if rng.random() < 0.5:
-        question = f"{a} has {x} {things}, {y} more than {b}. How many {things} does {b} have?"
-        return _one_step("compare", question, b, things, _sub(x, y), _add(x, y))
-    question = f"{a} has {x} {things}, {y} fewer than {b}. How many {things} does {b} have?"
-    return _one_step("compare", question, b, things, _add(x, y), _sub(x, y))
+    question = rng.choice(
+        (
+            f"{a} has {x} {things}, {y} more than {b}. How many {things} does {b} have?",
+            f"{a} has {x} {things}. This is {y} more than {b} has. How many {things} does {b} have?",
+        )
+    )
+    return _one_step("compare", question, b, things, _sub(x, y), _add(x, y))
 
 
 def _groups(rng: random.Random, a: str, b: str, things: str) -> Problem:

@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from remax_megatron.errors import UserError
+from remax_megatron.model.weight_table import Qwen2Shape, weight_table
+
 # What makes a folder a model beside its weights; copied as it is when a trained policy is exported.
 SIDE_FILES = (
     "config.json",
@@ -33,10 +36,14 @@ SIDE_FILES = (
 )
 
 
+class FolderError(UserError):
+    """A model folder that cannot be used as it is."""
+
+
 class HfWeights:
     """Memory-mapped view of a folder's safetensors: `names`, `shape(name)`, `get(name)`.
 
-    ValueError: no safetensors, an index that names a missing file, or a damaged file.
+    FolderError: no safetensors, an index that names a missing file, or a damaged file.
     """
 
     def __init__(self, folder: str | Path):
@@ -47,7 +54,7 @@ class HfWeights:
         else:
             single = self.folder / "model.safetensors"
             if not single.exists():
-                raise ValueError(
+                raise FolderError(
                     f"{self.folder} holds neither model.safetensors nor model.safetensors.index.json; "
                     "convert the weights to safetensors first"
                 )
@@ -61,11 +68,11 @@ class HfWeights:
     def _reader(self, file: str):
         path = self.folder / file
         if not path.exists():
-            raise ValueError(f"{self.folder}: the index names {file}, which is missing")
+            raise FolderError(f"{self.folder}: the index names {file}, which is missing")
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, struct.error, OSError) as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+            raise FolderError(f"{path} is not a readable safetensors file: {error}") from error
 
     @property
     def names(self) -> set[str]:
@@ -83,6 +90,26 @@ class HfWeights:
     def get(self, name: str) -> Tensor:
         """The whole tensor, memory-mapped where the platform can."""
         return self._handle(name).get_tensor(name)
+
+
+def check_folder(weights: HfWeights, shape: Qwen2Shape) -> None:
+    """FolderError naming the first missing, extra or misshapen tensor of the folder."""
+    expected = {
+        name: dims
+        for entry in weight_table(shape)
+        for name, dims in zip(entry.hf_names, entry.hf_shapes, strict=True)
+    }
+    # Derived or duplicated by some writers; carries nothing of its own.
+    ignorable = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
+    if shape.tied_embeddings:
+        ignorable.add("lm_head.weight")
+    if missing := sorted(expected.keys() - weights.names):
+        raise FolderError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    if extra := sorted(weights.names - expected.keys() - ignorable):
+        raise FolderError(f"{weights.folder}: {len(extra)} tensors do not belong to a Qwen2 model, first {extra[0]}")
+    for name, dims in expected.items():
+        if weights.shape(name) != dims:
+            raise FolderError(f"{weights.folder}: {name} has shape {weights.shape(name)}, config.json says {dims}")
 
 
 def write_hf_folder(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.hf_folder import HfWeights
+from remax_megatron.model.hf_folder import HfWeights, check_folder
 from remax_megatron.model.weight_table import (
     EMBEDDING,
     HEAD,
@@ -27,26 +27,6 @@ from remax_megatron.model.weight_table import (
     weight_table,
 )
 from remax_megatron.parallel.layout import Layout
-
-
-def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
-    """ValueError naming the first missing, extra or misshapen tensor of the folder."""
-    expected = {
-        name: shape
-        for entry in weight_table(facts)
-        for name, shape in zip(entry.hf_names, entry.hf_shapes, strict=True)
-    }
-    # Derived or duplicated by some writers; carries nothing of its own.
-    ignorable = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
-    if facts.tied_embeddings:
-        ignorable.add("lm_head.weight")
-    if missing := sorted(expected.keys() - weights.names):
-        raise ValueError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}")
-    if extra := sorted(weights.names - expected.keys() - ignorable):
-        raise ValueError(f"{weights.folder}: {len(extra)} tensors do not belong to a Qwen2 model, first {extra[0]}")
-    for name, shape in expected.items():
-        if weights.shape(name) != shape:
-            raise ValueError(f"{weights.folder}: {name} has shape {weights.shape(name)}, config.json says {shape}")
 
 
 def load_hf(chunks: list[torch.nn.Module], folder: str, facts: ModelFacts, layout: Layout) -> None:

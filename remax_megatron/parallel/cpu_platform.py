@@ -18,6 +18,7 @@ import torch
 
 _prepared = False
 _SHM_PREFIX = "remax"
+_own_run_id: str | None = None
 
 
 class _TorchOnCpu(types.ModuleType):
@@ -112,6 +113,8 @@ def prepare_vllm(run_id: str) -> None:
     `env://` rendezvous: two runs at once would share them, and a killed run's leftovers stop the next one
     (`create shm in SHMManager failed. errno: 17`). The names here carry `run_id`, equal on all ranks of the run.
     """
+    global _own_run_id
+    _own_run_id = run_id
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # an integer number of GiB; kv_cache_memory_bytes is exact
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
@@ -129,10 +132,18 @@ def new_run_id() -> str:
     return f"{_SHM_PREFIX}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
+def remove_own_shared_memory(folder: str = "/dev/shm") -> None:
+    """Delete this run's segments; any rank may call, once no rank needs them any more."""
+    if _own_run_id is not None:
+        for path in glob.glob(os.path.join(folder, f"{_own_run_id}-*")):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+
+
 def remove_dead_shared_memory(folder: str = "/dev/shm") -> list[str]:
     """Delete the segments of runs whose owning process is gone; returns the deleted paths. One rank per host calls."""
     removed = []
-    for path in glob.glob(os.path.join(folder, f"*{_SHM_PREFIX}-*-cpushm*")):
+    for path in glob.glob(os.path.join(folder, f"{_SHM_PREFIX}-*-cpushm*")):
         match = re.search(rf"{_SHM_PREFIX}-(\d+)-", os.path.basename(path))
         if match and not os.path.exists(f"/proc/{match.group(1)}"):
             with contextlib.suppress(FileNotFoundError):

@@ -164,13 +164,13 @@ class Policy:
 
     # -- updating --------------------------------------------------------------------------------------------------
 
-    def update(self, rows: Sequence[Row], on_microbatch: Callable[[PackedBatch], None] | None = None) -> UpdateResult:
+    def update(self, rows: Sequence[Row], schedule: Schedule | None = None) -> UpdateResult:
         """One optimizer step on `rows`: PPO-clip over their advantages, token mean over the whole update.
 
-        Collective: all ranks, same rows. `on_microbatch` sees each of this rank's micro-batches before it runs.
+        Collective: all ranks, same rows, same `schedule` (None: `self.schedule(rows)`).
         """
         scale = LossScale.of(rows)
-        schedule = self.schedule(rows)
+        schedule = self.schedule(rows) if schedule is None else schedule
         actor = self.actor
         clip = Clip(
             low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
@@ -201,7 +201,7 @@ class Policy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._set_learning_rate()
-        self._run(rows, schedule, loss, forward_only=False, on_microbatch=on_microbatch)
+        self._run(rows, schedule, loss, forward_only=False)
         with cpu_platform.cuda_type_names():
             _, grad_norm, _ = self.optimizer.step()
         self.num_updates += 1
@@ -260,7 +260,6 @@ class Policy:
         *,
         forward_only: bool,
         temperature: float | None = None,
-        on_microbatch: Callable[[PackedBatch], None] | None = None,
     ) -> None:
         """Megatron's forward (and backward) schedule over this rank's micro-batches; all ranks call."""
         mine = schedule[self.layout.dp_rank]
@@ -268,20 +267,12 @@ class Policy:
         if self.layout.device.type == "cpu" and self.dtype == torch.bfloat16:
             pad_to = 64  # each new matrix shape costs 50 to 70 ms of kernel generation in bfloat16 on CPU
 
-        def batches(announce: bool) -> Iterator[PackedBatch]:
+        def batches() -> Iterator[PackedBatch]:
+            limit = self.actor.ppo_max_token_len_per_gpu
             for indices in mine:
-                batch = pack(
-                    rows,
-                    indices,
-                    pad_to=pad_to,
-                    pad_limit=self.actor.ppo_max_token_len_per_gpu,
-                    device=self.layout.device,
-                )
-                if announce and on_microbatch is not None:
-                    on_microbatch(batch)
-                yield batch
+                yield pack(rows, indices, pad_to=pad_to, pad_limit=limit, device=self.layout.device)
 
-        iterators = [batches(announce=i == 0) for i in range(len(self.chunks))]
+        iterators = [batches() for _ in self.chunks]
         for chunk in self.chunks:
             chunk.train(not forward_only)
         with torch.no_grad() if forward_only else nullcontext():

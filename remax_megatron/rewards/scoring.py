@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from remax_megatron.errors import UserError
 from remax_megatron.rewards.gsm8k import strict_score
 
 # (data_source, solution_str, ground_truth, extra_info) -> reward
@@ -28,7 +29,7 @@ Scorer = Callable[[str, str, str, dict[str, Any]], float]
 BY_DATA_SOURCE: dict[str, Callable[[str, str], float]] = {"openai/gsm8k": strict_score, "word_problems": strict_score}
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A scorer that cannot be loaded or used; the message names the file or the sample, and the mend."""
 
 

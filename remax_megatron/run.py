@@ -1,0 +1,232 @@
+"""One run from its checked settings to its end: prepare the inputs, build the parts, train, export.
+
+`__main__.py` calls `run` on every rank. Inputs are prepared before any process group or engine exists, so that what
+a user can mend is one `error:` line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from remax_megatron.atomic import replacing
+from remax_megatron.config.cli import reported_errors
+from remax_megatron.config.load import to_yaml
+from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
+from remax_megatron.data.dataset import PromptDataset, load_prompts
+from remax_megatron.metrics import MetricsWriter, PhaseTimer
+from remax_megatron.model.hf_folder import HfWeights, check_folder, write_hf_folder
+from remax_megatron.parallel import cpu_platform
+from remax_megatron.parallel.failure import ends_all_ranks
+from remax_megatron.parallel.layout import init_distributed, init_model_parallel
+from remax_megatron.rewards.scoring import Scorer, check_data_sources, load_scorer
+
+
+@dataclass
+class Inputs:
+    """What a run reads: a local Hugging Face folder, tokenised prompts, and the scorer."""
+
+    hf_folder: str
+    tokenizer: object
+    train_prompts: PromptDataset
+    val_prompts: PromptDataset | None
+    scorer: Scorer
+
+
+def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
+    """Train as `config` says. Every rank of the launcher calls; returns when the policy is exported."""
+    quiet_libraries()
+    is_first = os.environ.get("RANK", "0") == "0"
+    with reported_errors():
+        inputs = prepare_inputs(config, facts)
+    if is_first:
+        for note in notes:
+            print("note:", note, flush=True)
+    device = init_distributed(config.trainer.device, config.trainer.collective_timeout_s)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        cpu_platform.remove_dead_shared_memory()
+    with ends_all_ranks(cleanup=cpu_platform.remove_own_shared_memory):
+        _train_and_export(config, facts, inputs, device, is_first)
+        dist.barrier()
+        cpu_platform.remove_own_shared_memory()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # vLLM and gloo tear down in an order that may wait for a peer; everything worth keeping is on disk.
+    os._exit(0)
+
+
+def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
+    """Find (or make, or download) model and data, and read them. UserError for whatever does not fit."""
+    from transformers import AutoTokenizer
+
+    data = config.data
+    folder = local_model_folder(config.actor_rollout_ref.model.path)
+    check_folder(HfWeights(folder), facts)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"actor_rollout_ref.model.path={folder}: the tokenizer has no chat template; add one to the folder")
+
+    def load(files) -> PromptDataset:
+        return load_prompts(
+            local_data_files(files),
+            tokenizer,
+            max_prompt_length=data.max_prompt_length,
+            filter_overlong_prompts=data.filter_overlong_prompts,
+            truncation=data.truncation,
+            prompt_key=data.prompt_key,
+        )
+
+    train = load(data.train_files)
+    if len(train) < data.train_batch_size:
+        raise ConfigError(
+            f"data.train_batch_size={data.train_batch_size} is more than the {len(train)} usable prompts of "
+            f"data.train_files; set it to {len(train)} or less"
+        )
+    val = load(data.val_files) if data.val_files else None
+    if val is not None and data.val_max_samples > 0:
+        val = PromptDataset(val.prompts[: data.val_max_samples], val.num_rows, val.num_filtered, val.num_truncated)
+    reward = config.custom_reward_function
+    if reward.path is None:
+        check_data_sources({p.data_source for p in train} | {p.data_source for p in val or ()})
+    return Inputs(folder, tokenizer, train, val, load_scorer(reward.path, reward.name))
+
+
+def local_model_folder(path: str) -> str:
+    """A local folder for `actor_rollout_ref.model.path`: itself, the hub's snapshot, or the demo's policy."""
+    if path == EMBEDDED_MODEL:
+        from remax_megatron.demo import cache_dir
+
+        # A process of its own: it may use all cores, while a rank under torchrun has one thread.
+        code = "import sys; from remax_megatron.demo.warm_start import ensure_policy; print(ensure_policy(sys.argv[1]))"
+        make = [sys.executable, "-c", code, str(cache_dir())]
+        environment = os.environ | {"OMP_NUM_THREADS": str(os.cpu_count())}
+        done = subprocess.run(make, env=environment, stdout=subprocess.PIPE, text=True)
+        if done.returncode != 0:
+            raise ConfigError(f"{path}: the demo's policy could not be made (see above)")
+        return done.stdout.strip().splitlines()[-1]
+    if Path(path).expanduser().is_dir():
+        return str(Path(path).expanduser())
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+
+
+def local_data_files(files) -> list[str]:
+    """Paths for data.train_files or data.val_files, the embedded ones written first if need be."""
+    from remax_megatron.demo import cache_dir
+    from remax_megatron.demo.word_problems import ensure_data
+
+    files = [files] if isinstance(files, str) else list(files)
+    if not set(files) & set(EMBEDDED_FILES):
+        return files
+    embedded = dict(zip(EMBEDDED_FILES, map(str, ensure_data(cache_dir())), strict=True))
+    return [embedded.get(file, file) for file in files]
+
+
+def _train_and_export(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, is_first: bool) -> None:
+    from remax_megatron.policy.policy import Policy
+    from remax_megatron.rollout.bridge import Bridge
+    from remax_megatron.rollout.collect import Collector
+    from remax_megatron.rollout.engine import Engine
+    from remax_megatron.trainer import Trainer
+
+    run_dir = Path(config.trainer.default_local_dir)
+    if is_first:
+        _start_run_dir(run_dir, config)
+    say = tqdm.write if is_first else lambda line: None
+    writer = None
+    if is_first:
+        names = (config.trainer.project_name, config.trainer.experiment_name)
+        writer = MetricsWriter(run_dir, config.trainer.logger, *names, to_yaml(config), echo=tqdm.write)
+    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    megatron = config.actor_rollout_ref.actor.megatron
+    layout = init_model_parallel(
+        device,
+        tp=megatron.tensor_model_parallel_size,
+        pp=megatron.pipeline_model_parallel_size,
+        vpp=megatron.virtual_pipeline_model_parallel_size,
+        seed=config.trainer.seed,
+    )
+    say(f"{layout.world_size} ranks on {device.type}: TP {layout.tp}, PP {layout.pp}, DP {layout.dp}; vLLM TP "
+        f"{rollout.tensor_model_parallel_size}")  # fmt: skip
+    policy = Policy(
+        facts,
+        layout,
+        config.actor_rollout_ref.actor,
+        hf_folder=inputs.hf_folder,
+        temperature=rollout.temperature,
+        recompute=model.enable_gradient_checkpointing,
+        log=say,
+    )
+    dtype = rollout.dtype or megatron.dtype
+    engine = Engine(
+        inputs.hf_folder,
+        inputs.tokenizer,
+        rollout,
+        dtype=dtype,
+        max_prompt_length=config.data.max_prompt_length,
+        max_response_length=config.data.max_response_length,
+        seed=config.trainer.seed,
+        device=device,
+        tied_embeddings=facts.tied_embeddings,
+    )
+    bridge = Bridge(
+        policy,
+        engine,
+        inputs.train_prompts.prompts,
+        dtype=dtype,
+        bucket_bytes=rollout.sync_bucket_mb * 2**20,
+        threshold=rollout.canary_threshold,
+        seed=config.trainer.seed,
+    )
+    timer = PhaseTimer()
+    collector = Collector(engine, inputs.scorer, timer)
+    trainer = Trainer(config, policy, bridge, collector, inputs.train_prompts, inputs.val_prompts, timer, writer)
+    trainer.train()
+    if config.trainer.export_hf:
+        folder = run_dir / "hf"
+        stream = policy.weight_stream(getattr(torch, megatron.dtype), rollout.sync_bucket_mb * 2**20)
+        if is_first:
+            write_hf_folder(folder, iter(stream), inputs.hf_folder)
+            say(f"Trained policy: {folder}")
+        else:
+            for _ in stream:
+                pass
+    if writer is not None:
+        from remax_megatron.plots import plot_curves
+
+        writer.close()
+        plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+        say(f"Curves: {run_dir / 'curves.png'}")
+
+
+def _start_run_dir(run_dir: Path, config: Config) -> None:
+    """Save the settings; an earlier run's metrics are kept under the next free number."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    metrics = run_dir / "metrics.jsonl"
+    if metrics.exists():
+        number = next(i for i in range(1, 10**6) if not (run_dir / f"metrics.{i}.jsonl").exists())
+        os.replace(metrics, run_dir / f"metrics.{number}.jsonl")
+    with replacing(run_dir / "config.yaml") as path:
+        path.write_text(to_yaml(config))
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say at every start about optional packages that this stack leaves out on purpose."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if os.environ.get("RANK", "0") != "0":
+        logging.getLogger("remax_megatron").setLevel(logging.ERROR)
+    for module in ("megatron", "torch", "transformers", "vllm"):
+        warnings.filterwarnings("ignore", module=module)

@@ -1,0 +1,133 @@
+"""The training loop: ReMax (arXiv 2310.10505) as in the paper, and nothing else.
+
+Every rank runs it with the same arguments. Building the parts is setup.py; starting and ending a run is __main__.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from remax_megatron.algorithm.advantages import training_rows
+from remax_megatron.atomic import replacing
+from remax_megatron.config.schema import Config
+from remax_megatron.data.dataset import PromptDataset, batches
+from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
+from remax_megatron.evaluation import validate
+from remax_megatron.metrics import MetricsWriter, PhaseTimer
+from remax_megatron.policy.policy import Policy, UpdateResult
+from remax_megatron.rollout.bridge import Bridge
+from remax_megatron.rollout.collect import Collector
+from remax_megatron.types import Prompt, Rollout, Row
+
+
+@dataclass
+class Trainer:
+    """The parts of a run. `writer` exists on rank 0 only."""
+
+    config: Config
+    policy: Policy
+    bridge: Bridge
+    collector: Collector
+    train_prompts: PromptDataset
+    val_prompts: PromptDataset | None
+    timer: PhaseTimer
+    writer: MetricsWriter | None
+
+    def train(self) -> None:
+        """Run all steps; collective over the world."""
+        sync = self.bridge.sync()
+        self._log(0, {"epoch": 0, **sync_metrics(sync), **self._validate(due=self.config.trainer.val_before_train)})
+        for step, epoch, prompts in self._steps():
+            with self.timer.phase("step"):
+                rollouts = self.collector.rollouts(prompts, step=step, weight_version=sync.weight_version)
+                rows = training_rows(rollouts)
+                with self.timer.phase("update"):
+                    updates = [self._update(rows, epoch, step) for rows in self._mini_batches(rows)]
+                with self.timer.phase("sync"):
+                    sync = self.bridge.sync()
+            times = self.timer.pop()
+            metrics = {"epoch": epoch, **rollout_metrics(rollouts, rows), **update_metrics(updates)}
+            metrics |= sync_metrics(sync) | times | throughput_metrics(rollouts, rows, times)
+            metrics |= self._validate(due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
+            self._dump(step, rollouts)
+            self._log(step, metrics)
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_prompts) // self.config.data.train_batch_size
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that are begun: fewer than total_epochs when total_training_steps ends the run before."""
+        return -(-self.num_steps // self.steps_per_epoch)
+
+    @property
+    def num_steps(self) -> int:
+        limit = self.config.trainer.total_training_steps
+        steps = self.steps_per_epoch * self.config.trainer.total_epochs
+        return steps if limit is None else min(steps, limit)
+
+    def _steps(self) -> Iterator[tuple[int, int, list[Prompt]]]:
+        """(step, epoch, prompts), both counted from 1, under one progress bar per epoch."""
+        data, trainer = self.config.data, self.config.trainer
+        step = 0
+        for epoch in range(1, self.num_epochs + 1):
+            order = batches(len(self.train_prompts), data.train_batch_size, trainer.seed, epoch, data.shuffle)
+            order = order[: self.num_steps - step]
+            title = f"Epoch {epoch}/{self.num_epochs}"
+            for batch in tqdm(order, desc=title, unit="step", disable=self.writer is None, dynamic_ncols=True):
+                step += 1
+                yield step, epoch, [self.train_prompts[i] for i in batch]
+
+    def _mini_batches(self, rows: list[Row]) -> list[list[Row]]:
+        """The rows of each optimizer step. With more than one, the log-probabilities before the first are kept in
+        the rows; with one every ratio is exactly 1 and that pass is left out."""
+        actor = self.config.actor_rollout_ref.actor
+        size = (actor.ppo_mini_batch_size or self.config.data.train_batch_size) * self.config.actor_rollout_ref.rollout.n
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)] * actor.ppo_epochs
+        if len(parts) > 1:
+            for row, logprobs in zip(rows, self.policy.logprobs(rows), strict=True):
+                row.old_logprobs = logprobs
+        return parts
+
+    def _update(self, rows: Sequence[Row], epoch: int, step: int) -> UpdateResult:
+        schedule = self.policy.schedule(rows)
+        if self.writer is not None:
+            for rank in schedule:
+                for batch in rank:
+                    num_tokens = sum(rows[i].num_tokens for i in batch)
+                    text = f"Epoch {epoch}, Step {step}: Dynamic Batch: {len(batch)} samples ({num_tokens} tokens)"
+                    self.writer.say(text)
+        return self.policy.update(rows, schedule)
+
+    # -- records ---------------------------------------------------------------------------------------------------
+
+    def _validate(self, due: bool) -> dict[str, float]:
+        if not due or self.val_prompts is None:
+            return {}
+        prompts: Sequence[Prompt] = self.val_prompts
+        version, batch_size = self.bridge.weight_version, self.config.data.val_batch_size
+        return validate(self.collector, prompts, weight_version=version, batch_size=batch_size) | self.timer.pop()
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.log(step, metrics)
+
+    def _dump(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """One JSON line per prompt, whole, in `trainer.rollout_data_dir`/STEP.jsonl."""
+        folder = self.config.trainer.rollout_data_dir
+        if self.writer is None or folder is None:
+            return
+        with replacing(Path(folder) / f"{step}.jsonl") as path:
+            path.write_text("".join(json.dumps(asdict(rollout), default=str) + "\n" for rollout in rollouts))
+
+
+def _every(frequency: int, step: int) -> bool:
+    return frequency > 0 and step % frequency == 0
