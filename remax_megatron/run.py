@@ -143,11 +143,11 @@ def _train_and_export(config: Config, facts: ModelFacts, inputs: Inputs, device:
     run_dir = Path(config.trainer.default_local_dir)
     if is_first:
         _start_run_dir(run_dir, config)
-    say = tqdm.write if is_first else lambda line: None
     writer = None
     if is_first:
         names = (config.trainer.project_name, config.trainer.experiment_name)
-        writer = MetricsWriter(run_dir, config.trainer.logger, *names, to_yaml(config), echo=tqdm.write)
+        writer = MetricsWriter(run_dir, config.trainer.logger, *names, to_yaml(config), echo=_print_line)
+    say = writer.say if writer else lambda line: None
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     megatron = config.actor_rollout_ref.actor.megatron
     layout = init_model_parallel(
@@ -202,12 +202,21 @@ def _train_and_export(config: Config, facts: ModelFacts, inputs: Inputs, device:
         else:
             for _ in stream:
                 pass
+    engine.close()
     if writer is not None:
         from remax_megatron.plots import plot_curves
 
         writer.close()
         plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
         say(f"Curves: {run_dir / 'curves.png'}")
+
+
+def _print_line(line: str) -> None:
+    """To standard output, above the progress bar where there is one to see."""
+    if sys.stderr.isatty():
+        tqdm.write(line)
+    else:
+        print(line, flush=True)
 
 
 def _start_run_dir(run_dir: Path, config: Config) -> None:
@@ -223,8 +232,6 @@ def _start_run_dir(run_dir: Path, config: Config) -> None:
 
 def quiet_libraries() -> None:
     """Silence what libraries say at every start about optional packages that this stack leaves out on purpose."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("remax_megatron").setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ Every rank runs it with the same arguments. Building the parts is setup.py; star
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ class Trainer:
             order = batches(len(self.train_prompts), data.train_batch_size, trainer.seed, epoch, data.shuffle)
             order = order[: self.num_steps - step]
             title = f"Epoch {epoch}/{self.num_epochs}"
-            for batch in tqdm(order, desc=title, unit="step", disable=self.writer is None, dynamic_ncols=True):
+            often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs no animation
+            for batch in tqdm(order, title, unit="step", disable=self.writer is None, mininterval=often):
                 step += 1
                 yield step, epoch, [self.train_prompts[i] for i in batch]
 

@@ -522,6 +522,14 @@ def offload_on_cpu(setup: Setup) -> Iterator[str]:
         yield f"{MEGATRON}.{{{','.join(switched_on)}}}=True has no effect: the run is on the CPU"
 
 
+def param_offload_on_gpu(setup: Setup) -> Iterator[str]:
+    if setup.megatron.param_offload and not expects_cpu(setup.config):
+        yield (
+            f"{MEGATRON}.param_offload=True has no effect: the canary of every weight sync needs the policy's weights "
+            "beside the engine; grad_offload and optimizer_offload do free memory during rollouts"
+        )
+
+
 def reference_offload(setup: Setup) -> Iterator[str]:
     if setup.config.actor_rollout_ref.ref.megatron.param_offload:
         yield "actor_rollout_ref.ref.megatron.param_offload=True has no effect: no reference policy is built"
@@ -597,6 +605,7 @@ MODEL_RULES: tuple[Callable[[Setup, ModelFacts], None], ...] = (
 )
 REMARKS: tuple[Callable[[Setup], Iterator[str]], ...] = (
     offload_on_cpu,
+    param_offload_on_gpu,
     reference_offload,
     critic_warmup,
     unused_micro_batch_size,

@@ -1,4 +1,4 @@
-"""Folders that are built once, appear whole or not at all, and may be asked for by several processes at the same time."""
+"""Folders that are built once, appear whole or not at all, and may be asked for by several processes at a time."""
 
 from __future__ import annotations
 

@@ -5,19 +5,20 @@
 writes an ordinary Hugging Face folder. It takes one to two minutes on two cores, in plain torch and float32, and is the
 same to the bit for the same seed, torch build, processor and number of threads.
 
-What the warm start is, and is not. The model learns by plain supervised learning from demonstrations of *mixed* quality,
-as scraped text is. They part in two places: whether the sentence takes the right operation, and whether a final line
-`#### N` follows it (`demonstration`, `RIGHT_SHARE`, `FINAL_LINE_SHARE`). Where they part the good way is mostly the less
-common one, so greedy decoding starts low, while a fair share of samples is right: something for ReMax to sharpen. The
-arithmetic itself is learned here, not by ReMax. The demonstrations leave out every question of the test file.
+What the warm start is, and is not. The model learns by plain supervised learning from demonstrations of *mixed*
+quality, as scraped text is. They part in two places: whether the sentence takes the right operation, and whether a
+final line `#### N` follows it (`demonstration`, `RIGHT_SHARE`, `FINAL_LINE_SHARE`). The final line is always the less
+common way, and for one family of problems the right operation is: so greedy decoding starts low, while a fair share of
+samples is right, which ReMax can sharpen. The arithmetic itself is learned here, not by ReMax. The demonstrations leave
+out every question of the test file.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import random
-import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -29,27 +30,17 @@ from rich.progress import track
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from remax_megatron.demo.model_config import MODEL_CONFIG
 from remax_megatron.demo.once import build_once, digest
 from remax_megatron.demo.word_problems import INSTRUCTION, Problem, ensure_data, problems, splits
 
-__all__ = ["demonstration", "ensure_data", "ensure_policy", "make_tokenizer", "train_policy"]
+__all__ = ["MODEL_CONFIG", "demonstration", "ensure_data", "ensure_policy", "make_tokenizer", "train_policy"]
 
 # ---- the recipe: a changed value changes the name of the cached folder -----------------------------------------------
 
 RIGHT_SHARE = {"join": 0.85, "separate": 0.85, "two_steps": 0.85, "groups": 0.75, "compare": 0.35}
 FINAL_LINE_SHARE = {"join": 0.40, "separate": 0.45, "two_steps": 0.25, "groups": 0.30, "compare": 0.30}
 
-MODEL = {
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,  # head_dim 32, the least that vLLM's CPU attention takes
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rope_theta": 10000.0,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
 NUM_STEPS = 320
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
@@ -87,7 +78,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
-        model_max_length=MODEL["max_position_embeddings"],
+        model_max_length=MODEL_CONFIG["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
     )
     corpus = [f"{p.prompt}\n{p.answer}\n{p.wrong_solution}" for p in islice(problems(random.Random("tokenizer")), 4000)]
@@ -127,19 +118,19 @@ def train_policy(
 ) -> Qwen2ForCausalLM:
     """A fresh model after `num_steps` steps of AdamW (short warm-up, cosine decay to 5 %), float32, on the CPU.
 
-    The caller's random state is left as it was. Raises ValueError when num_steps is below 1.
+    The caller's random state is left as it was. Raises ValueError when num_steps is below 1 or the vocabulary
+    is not the config's.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}: the warm start needs at least 1 step; set num_steps={NUM_STEPS}")
-    rope = {"rope_type": "default", "rope_theta": MODEL["rope_theta"]}
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        rope_parameters=rope,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype=torch.float32,
-        **{name: value for name, value in MODEL.items() if name != "rope_theta"},
+    if len(tokenizer) != MODEL_CONFIG["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, MODEL_CONFIG['vocab_size'] is {MODEL_CONFIG['vocab_size']}; "
+            f"set that to {len(tokenizer)}"
+        )
+    config = Qwen2Config.from_dict(
+        copy.deepcopy(MODEL_CONFIG)
+        | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -188,7 +179,7 @@ def _recipe(seed: int, num_steps: int) -> dict[str, Any]:
         "seed": seed,
         "num_steps": num_steps,
         "shares": [RIGHT_SHARE, FINAL_LINE_SHARE],
-        "model": MODEL,
+        "model": MODEL_CONFIG,
         "training": [BATCH_SIZE, LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_GRAD],
         "tokenizer": [CHAT_TEMPLATE, MAX_VOCAB_SIZE],
         "problems": [INSTRUCTION, [[p.question, p.answer, p.wrong_solution] for p in probe]],

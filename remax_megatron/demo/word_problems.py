@@ -32,8 +32,8 @@ NUM_TEST = 512
 MAX_PROBLEMS = 100_000  # in both files together; the families hold several times as many different questions
 INSTRUCTION = 'Give the final answer after "####".'
 
-NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jonas", "Lena", "Max", "Nora", "Tom")
-OBJECTS = ("apples", "balls", "books", "cards", "coins", "cookies", "eggs", "flowers", "marbles", "pencils", "shells", "stamps")
+NAMES = "Anna Ben Clara David Emma Felix Grace Henry Ida Jonas Lena Max Nora Tom".split()  # noqa: SIM905
+OBJECTS = "apples balls books cards coins cookies eggs flowers marbles pencils shells stamps".split()  # noqa: SIM905
 
 SCHEMA = pa.schema(
     [
@@ -43,7 +43,9 @@ SCHEMA = pa.schema(
         ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
         (
             "extra_info",
-            pa.struct([("split", pa.string()), ("index", pa.int64()), ("answer", pa.string()), ("question", pa.string())]),
+            pa.struct(
+                [("split", pa.string()), ("index", pa.int64()), ("answer", pa.string()), ("question", pa.string())]
+            ),
         ),
     ]
 )
@@ -92,7 +94,9 @@ def _mul(x: int, y: int) -> tuple[str, int]:
     return f"{x}*{y}={x * y}", x * y
 
 
-def _one_step(family: str, question: str, who: str, things: str, right: tuple[str, int], wrong: tuple[str, int]) -> Problem:
+def _one_step(
+    family: str, question: str, who: str, things: str, right: tuple[str, int], wrong: tuple[str, int]
+) -> Problem:
     return Problem(
         family=family,
         question=question,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -116,6 +116,7 @@ class Policy:
         config.no_sync_func = [chunk.no_sync for chunk in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
         self.optimizer = self._build_optimizer()
         self.num_updates = 0
+        self._released = False
         self._forward_backward = get_forward_backward_func()
 
     def _build_optimizer(self):
@@ -133,8 +134,9 @@ class Policy:
             params_dtype=self.dtype,
             use_distributed_optimizer=self.actor.megatron.use_distributed_optimizer,
         )
+        no_decay_on_vectors = get_standard_config_overrides(config)
         with cpu_platform.cuda_type_names():
-            return get_megatron_optimizer(config, self.chunks, use_gloo_process_groups=False)
+            return get_megatron_optimizer(config, self.chunks, no_decay_on_vectors, use_gloo_process_groups=False)
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
@@ -197,10 +199,11 @@ class Policy:
                 sums[-1] = torch.maximum(sums[-1], mismatch.abs().max().double())
             return scale(total), {}
 
+        self._restore_training_memory()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._set_learning_rate()
+        self._set_hyperparameters()
         self._run(rows, schedule, loss, forward_only=False)
         with cpu_platform.cuda_type_names():
             _, grad_norm, _ = self.optimizer.step()
@@ -227,12 +230,40 @@ class Policy:
             fill=num_tokens / (num_microbatches * self.layout.dp * self.actor.ppo_max_token_len_per_gpu),
         )
 
-    def _set_learning_rate(self) -> None:
-        """Linear warm-up over `lr_warmup_steps`, then constant."""
+    def _set_hyperparameters(self) -> None:
+        """Linear warm-up over `lr_warmup_steps`, then constant. Weight decay: on matrices, not on norms and biases
+        (Megatron's groups carry that as `wd_mult`, which its own scheduler would apply)."""
         warmup = self.actor.optim.lr_warmup_steps
         factor = min(1.0, (self.num_updates + 1) / warmup) if warmup > 0 else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.actor.optim.lr * factor
+            group["weight_decay"] = self.actor.optim.weight_decay * group["wd_mult"]
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def release_training_memory(self) -> None:
+        """GPU only: give up what rollouts do not need, as far as grad_offload and optimizer_offload say so.
+
+        Gradients are dropped, master weights and moments move to the CPU; the next update brings them back.
+        """
+        if self.layout.device.type != "cuda" or self._released:
+            return
+        self._released = True
+        if self.actor.megatron.grad_offload:
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
+        if self.actor.megatron.optimizer_offload:
+            self.optimizer.offload_to_cpu()
+
+    def _restore_training_memory(self) -> None:
+        if not self._released:
+            return
+        self._released = False
+        if self.actor.megatron.grad_offload:
+            for chunk in self.chunks:
+                chunk.restore_grad_buffers()
+        if self.actor.megatron.optimizer_offload:
+            self.optimizer.restore_from_cpu()
 
     # -- weights ---------------------------------------------------------------------------------------------------
 

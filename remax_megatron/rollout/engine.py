@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +68,7 @@ class Engine:
         self.num_replicas = dist.get_world_size() // config.tensor_model_parallel_size
         self.leads_replica = dist.get_rank() % config.tensor_model_parallel_size == 0
         self._stop = end_token_ids(hf_folder, tokenizer)
+        self._asleep = False
         self._repack_head = device.type == "cpu" and tied_embeddings
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -108,18 +109,23 @@ class Engine:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def reload(
+        self, weights: Iterable[tuple[str, Tensor]], before_kv_cache: Callable[[], None] = lambda: None
+    ) -> None:
         """Replace the weights by `weights` (Hugging Face names, whole tensors) and forget the prefix cache.
 
-        Every rank of the world calls and drains its iterator. The KV cache on a GPU is asleep while weights move.
+        Every rank of the world calls and drains its iterator. On a GPU the KV cache sleeps while weights move, and
+        `before_kv_cache` may free memory before it is allocated again.
         """
-        if self.device.type == "cuda":
+        if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         if self._repack_head:
             self._llm.collective_rpc(_tie_and_repack_head)
-        if self.device.type == "cuda":
+        before_kv_cache()
+        if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache: requests are still running")
 
@@ -127,6 +133,13 @@ class Engine:
         """Give the GPU's memory back while the policy trains (weights are sent anew). Nothing to do on CPU."""
         if self.device.type == "cuda":
             self._llm.sleep(level=2)
+            self._asleep = True
+
+    def close(self) -> None:
+        """Free vLLM's groups and shared memory; the engine is unusable afterwards. Every rank calls."""
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        destroy_model_parallel()
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
