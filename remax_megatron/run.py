@@ -187,7 +187,6 @@ def _train_and_export(config: Config, facts: ModelFacts, inputs: Inputs, device:
         dtype=dtype,
         bucket_bytes=rollout.sync_bucket_mb * 2**20,
         threshold=rollout.canary_threshold,
-        seed=config.trainer.seed,
     )
     timer = PhaseTimer()
     collector = Collector(engine, inputs.scorer, timer)

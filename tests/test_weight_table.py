@@ -154,7 +154,7 @@ def test_gate_up_and_row_cuts_by_hand() -> None:
 
 
 def test_shard_shapes_of_qwen25_3b_at_tp_4() -> None:
-    # FIELD: 36 layers, hidden 2048, ffn 11008, 16 heads of 128, 2 KV heads (fewer than TP), tied.
+    # 36 layers, hidden 2048, ffn 11008, 16 heads of 128, 2 KV heads (fewer than TP), tied.
     shape = facts(layers=36, hidden=2048, ffn=11008, heads=16, kv=2, head_dim=128, vocab=151936, tied=True)
     table = weight_table(shape)
     assert len(table) == 1 + 36 * 7 + 1

@@ -19,8 +19,9 @@ class _HeadLogProb(torch.autograd.Function):
         entropy_R = torch.empty_like(logprob_R)
         log_z_R = torch.empty_like(logprob_R)
         first = _first_row(weight_VH, group)
+        head = _float32_operand(weight_VH)
         for part in _chunks(num, chunk_size):
-            logits = _logits(hidden_RH[part], weight_VH, first, vocab_size, temperature)
+            logits = _logits(hidden_RH[part], head, first, vocab_size, temperature)
             peak = logits.amax(dim=-1)
             _all_reduce(peak, dist.ReduceOp.MAX, group)
             exp = (logits - peak.unsqueeze(1)).exp_()
@@ -44,10 +45,11 @@ class _HeadLogProb(torch.autograd.Function):
         hidden_RH, weight_VH, target_R, log_z_R, entropy_R = ctx.saved_tensors
         vocab_size, temperature, chunk_size, group = ctx.settings
         first = _first_row(weight_VH, group)
+        head = _float32_operand(weight_VH)
         grad_hidden_RH = torch.empty_like(hidden_RH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         for part in _chunks(hidden_RH.shape[0], chunk_size):
-            logits = _logits(hidden_RH[part], weight_VH, first, vocab_size, temperature)
+            logits = _logits(hidden_RH[part], head, first, vocab_size, temperature)
             log_p = logits - log_z_R[part].unsqueeze(1)
             p = log_p.exp()
             # d logprob / d logit_j = 1[j = target] - p_j;   d entropy / d logit_j = -p_j (log p_j + entropy)
@@ -82,8 +84,16 @@ def head_logprob(
     return _HeadLogProb.apply(hidden_RH, weight_VH, target_R, vocab_size, temperature, chunk_size, group)
 
 
+def _float32_operand(weight_VH: Tensor) -> Tensor:
+    """The head as `_logits` multiplies it: GPUs turn bfloat16 products into float32 sums, CPUs need float32 operands."""
+    return weight_VH if weight_VH.is_cuda else weight_VH.float()
+
+
 def _logits(hidden, weight_VH, first: int, vocab_size: int, temperature: float) -> Tensor:
-    logits = (hidden @ weight_VH.T).float()
+    if weight_VH.dtype == torch.float32:
+        logits = hidden.float() @ weight_VH.T
+    else:
+        logits = torch.mm(hidden, weight_VH.T, out_dtype=torch.float32)
     if temperature != 1.0:
         logits.div_(temperature)
     if first + weight_VH.shape[0] > vocab_size:

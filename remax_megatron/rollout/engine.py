@@ -25,11 +25,10 @@ from remax_megatron.types import Completion, Prompt, Rollout
 
 @dataclass(frozen=True)
 class ScoringRequest:
-    """What the canary asks: log-probabilities of `token_ids` after the first, and a few sampled tokens after them."""
+    """What the canary asks: log-probabilities of `token_ids` after the first, and a greedy continuation of them."""
 
     token_ids: tuple[int, ...]
-    num_sampled: int
-    seed: int
+    num_generated: int
 
 
 def end_token_ids(hf_folder: str, tokenizer) -> list[int]:
@@ -104,6 +103,8 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
+            # The head's products in float32, as on the policy's side: bfloat16 logits around 20 are 0.125 apart.
+            hf_overrides={"head_dtype": "float32"},
             **on_device,
         )
 
@@ -166,9 +167,9 @@ class Engine:
         return self._generate([p.token_ids for p in prompts], [self._greedy()] * len(prompts), weight_version)
 
     def score(self, requests: Sequence[ScoringRequest]) -> list[tuple[list[float], list[int], list[float]]]:
-        """Per request: logprobs of token_ids[1:] at temperature 1, then sampled tokens and their logprobs.
+        """Per request: logprobs of token_ids[1:], then the continuation's tokens and their logprobs; temperature 1.
 
-        The sampled part is a request of its own, so that it reads the prefix cache; scoring a prompt does not.
+        The continuation is a request of its own, so that it reads the prefix cache; scoring a prompt does not.
         """
         from vllm import SamplingParams
 
@@ -176,33 +177,35 @@ class Engine:
         for request in requests:
             ids += [request.token_ids] * 2
             parameters.append(SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False))
-            parameters.append(self._sampled(request.seed, max_tokens=request.num_sampled))
+            parameters.append(self._greedy(max_tokens=request.num_generated))
         outputs = self._run(ids, parameters)
         results = []
-        for request, scored, sampled in zip(requests, outputs[0::2], outputs[1::2], strict=True):
+        for request, scored, continued in zip(requests, outputs[0::2], outputs[1::2], strict=True):
             assert scored.prompt_logprobs is not None
             given = [
                 scored.prompt_logprobs[i][token].logprob for i, token in enumerate(request.token_ids) if i > 0
             ]
-            answer = sampled.outputs[0]
+            answer = continued.outputs[0]
             results.append((given, list(answer.token_ids), _logprobs(answer)))
         return results
 
-    def _greedy(self):
+    def _greedy(self, max_tokens: int | None = None):
+        return self._parameters(max_tokens, temperature=0.0)
+
+    def _sampled(self, seed: int):
+        return self._parameters(None, temperature=self.config.temperature, seed=seed)
+
+    def _parameters(self, max_tokens: int | None, **sampling):
         from vllm import SamplingParams
 
         return SamplingParams(
-            temperature=0.0, top_p=1.0, max_tokens=self.max_response_length, logprobs=0, detokenize=False,
+            top_p=1.0,
+            logprobs=0,
+            detokenize=False,
+            max_tokens=min(max_tokens or self.max_response_length, self.max_response_length),
             stop_token_ids=self._stop,
-        )  # fmt: skip
-
-    def _sampled(self, seed: int, max_tokens: int | None = None):
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            temperature=self.config.temperature, top_p=1.0, seed=seed, logprobs=0, detokenize=False,
-            max_tokens=max_tokens or self.max_response_length, stop_token_ids=self._stop,
-        )  # fmt: skip
+            **sampling,
+        )
 
     def _generate(self, requests, parameters, weight_version: int) -> list[Completion]:
         answers = [output.outputs[0] for output in self._run(requests, parameters)]

@@ -1,0 +1,70 @@
+"""Shared fixtures: the demo's data and a barely warm-started policy, and the command that starts real runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def demo_policy(tmp_path_factory) -> str:
+    """The demo's model and tokenizer after 20 steps of warm start: knows the words, hardly the sums."""
+    from remax_megatron.demo.warm_start import ensure_policy
+
+    return str(ensure_policy(tmp_path_factory.mktemp("policy"), num_steps=20, progress=False))
+
+
+@pytest.fixture(scope="session")
+def demo_cache(tmp_path_factory) -> Path:
+    """A cache folder of the tests' own, so that they neither read nor fill the user's."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@dataclass
+class Finished:
+    """A run that ended: exit code and all it printed."""
+
+    code: int
+    output: str
+
+
+@pytest.fixture(scope="session")
+def torchrun(demo_cache):
+    """`torchrun(ranks, overrides, timeout_s=...)`: a real run of the trainer's entry under torchrun, bounded in time."""
+
+    def start(ranks: int, overrides: list[str]) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        command += ["--nproc-per-node", str(ranks), "-m", "remax_megatron", f"trainer.n_gpus_per_node={ranks}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "REMAX_CACHE": str(demo_cache)}
+        return subprocess.Popen(
+            [*command, *overrides],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(ranks: int, overrides: list[str], timeout_s: float = 240) -> Finished:
+        process = start(ranks, overrides)
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"the run did not end in {timeout_s} s: {overrides}\n{error.stdout}") from None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        return Finished(process.returncode, output)
+
+    run.start = start
+    return run

@@ -1,0 +1,182 @@
+"""The demo preset under torchrun, with every real part, over the layouts; and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from remax_megatron.config.load import load_config
+from remax_megatron.metrics import read_metrics
+from remax_megatron.types import Row
+from tests.ranks import run_ranks
+
+LAYOUTS = [  # ranks, tp, pp, vllm tp
+    (2, 2, 1, 1),
+    (2, 2, 1, 2),
+    (2, 1, 2, 1),
+    (2, 1, 2, 2),
+    (2, 1, 1, 1),
+    (2, 1, 1, 2),
+    (4, 2, 2, 1),
+    (4, 2, 2, 2),
+]
+REQUIRED_METRICS = """
+    step epoch weight_version reward/mean baseline/mean advantage/mean advantage/zero_share baseline/win_share
+    baseline/tie_share baseline/lose_share actor/loss actor/grad_norm actor/entropy response/mean_tokens
+    response/truncated_share batch/num_microbatches batch/num_tokens batch/fill rollout/logprob_diff_mean
+    rollout/logprob_diff_max sync/seconds sync/bytes sync/canary_max_abs_diff time/rollout_s time/reward_s time/update_s
+    time/sync_s time/step_s throughput/trained_tokens_per_s throughput/generated_tokens_per_s
+""".split()
+
+
+def overrides(policy: str, run_dir: Path, tp: int, pp: int, vllm_tp: int) -> list[str]:
+    megatron = "actor_rollout_ref.actor.megatron"
+    return [
+        f"actor_rollout_ref.model.path={policy}",
+        f"{megatron}.tensor_model_parallel_size={tp}",
+        f"{megatron}.pipeline_model_parallel_size={pp}",
+        f"actor_rollout_ref.rollout.tensor_model_parallel_size={vllm_tp}",
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
+        "data.train_batch_size=8",
+        "data.val_max_samples=16",
+        "trainer.total_training_steps=2",
+        f"trainer.default_local_dir={run_dir}",
+        f"trainer.rollout_data_dir={run_dir}/rollouts",
+    ]
+
+
+@pytest.fixture(scope="module")
+def first_run(torchrun, demo_policy, tmp_path_factory) -> Path:
+    """A DP 2 run of two steps whose rollouts are recorded."""
+    run_dir = tmp_path_factory.mktemp("first") / "run"
+    finished = torchrun(2, overrides(demo_policy, run_dir, 1, 1, 1))
+    assert finished.code == 0, finished.output
+    assert "Epoch 1, Step 1: Dynamic Batch: " in finished.output
+    assert "Validation Accuracy: " in finished.output
+    return run_dir
+
+
+def check_metrics(run_dir: Path) -> None:
+    before, *steps = read_metrics(run_dir / "metrics.jsonl")
+    assert before["step"] == 0 and "val/accuracy" in before
+    assert [record["step"] for record in steps] == [1, 2]
+    assert "val/accuracy" in steps[-1]
+    for record in steps:
+        assert not set(REQUIRED_METRICS) - record.keys()
+        assert record["weight_version"] == record["step"]
+        assert record["sync/canary_max_abs_diff"] <= 1e-4
+        assert record["rollout/logprob_diff_max"] <= 1e-4
+        assert 0 < record["batch/fill"] <= 1
+        shares = [record[f"baseline/{name}_share"] for name in ("win", "tie", "lose")]
+        assert sum(shares) == pytest.approx(1.0)
+        assert record["advantage/mean"] == pytest.approx(record["reward/mean"] - record["baseline/mean"])
+
+
+@pytest.mark.parametrize(("ranks", "tp", "pp", "vllm_tp"), [case for case in LAYOUTS if case != (2, 1, 1, 1)])
+def test_every_layout_trains(torchrun, demo_policy, tmp_path, ranks, tp, pp, vllm_tp):
+    finished = torchrun(ranks, overrides(demo_policy, tmp_path / "run", tp, pp, vllm_tp))
+    assert finished.code == 0, finished.output
+    check_metrics(tmp_path / "run")
+
+
+def test_run_leaves_metrics_config_curves_and_a_model(first_run):
+    check_metrics(first_run)
+    assert (first_run / "curves.png").stat().st_size > 10_000
+    saved = load_config(str(first_run / "config.yaml").removesuffix(".yaml").rsplit("/", 1)[1], [], first_run).config
+    assert saved.data.train_batch_size == 8
+
+
+def generate_with_vllm(folder: str) -> list[list[int]]:
+    """Greedy answers of a plain vLLM engine to two prompts, in a process of its own."""
+    code = (
+        "import sys, json\n"
+        "from vllm import LLM, SamplingParams\n"
+        "llm = LLM(sys.argv[1], dtype='float32', enforce_eager=True, max_model_len=160, kv_cache_memory_bytes=2**27)\n"
+        "prompts = [{'prompt_token_ids': list(range(20, 50))}, {'prompt_token_ids': list(range(60, 80))}]\n"
+        "answers = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))\n"
+        "print('ANSWER', json.dumps([list(a.outputs[0].token_ids) for a in answers]))\n"
+    )
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, folder], env=os.environ | environment, capture_output=True, text=True, timeout=200
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert lines, done.stdout + done.stderr
+    return json.loads(lines[0].removeprefix("ANSWER "))
+
+
+def test_exported_model_loads_in_transformers_and_vllm(first_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = str(first_run / "hf")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(folder)
+    expected = []
+    for prompt in (list(range(20, 50)), list(range(60, 80))):
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+        expected.append(ids[0, len(prompt) :].tolist())
+    answers = generate_with_vllm(folder)
+    # min_new_tokens bars the end-of-sequence token, ignore_eos does not: compare up to the first one.
+    for ours, theirs in zip(expected, answers, strict=True):
+        end = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+        assert end == len(ours) or theirs[end] in (model.generation_config.eos_token_id, model.config.eos_token_id)
+
+
+# -- the same recorded rollouts over every layout ---------------------------------------------------------------------
+
+
+def replay_worker(payload):
+    from megatron.core import parallel_state as mpu
+
+    from remax_megatron.parallel.layout import init_distributed
+    from tests.test_policy_parity import build_policy
+
+    device = init_distributed("cpu", 120)
+    results = []
+    for layout, settings in payload["cases"]:
+        policy = build_policy(payload["folder"], layout, device, **settings)
+        update = policy.update(payload["rows"])
+        results.append((layout, settings, update.loss, update.grad_norm, update.mismatch_max))
+        mpu.destroy_model_parallel()
+    return results
+
+
+def test_recorded_rollouts_give_the_same_loss_and_gradient_on_every_layout(first_run, demo_policy):
+    records = [json.loads(line) for line in (first_run / "rollouts" / "1.jsonl").read_text().splitlines()]
+    rows = [
+        Row(
+            prompt_ids=tuple(record["prompt"]["token_ids"]),
+            response_ids=sample["token_ids"],
+            advantages=[0.5 + i - record["greedy"]["reward"]] * len(sample["token_ids"]),
+            rollout_logprobs=sample["logprobs"],
+        )
+        for record in records
+        for i, sample in enumerate(record["samples"])
+    ]
+    assert len(rows) == 32
+    packed, single = {"budget": 512}, {"rows_per_batch": 1}
+    cases = {
+        1: [((1, 1, None, False), packed), ((1, 1, None, False), single)],
+        2: [
+            (layout, how)
+            for layout in ((2, 1, None, False), (2, 1, None, True), (1, 2, None, False), (1, 1, None, False))
+            for how in (packed, single)
+        ],
+        4: [((2, 2, None, False), packed), ((2, 2, None, True), single), ((1, 2, None, False), packed)],
+    }
+    results = []
+    for world, some in cases.items():
+        payload = {"folder": demo_policy, "rows": rows, "cases": some}
+        results += run_ranks("tests.test_end_to_end:replay_worker", world, payload)[0]
+    _, _, loss, norm, _ = results[0]
+    for layout, settings, one_loss, one_norm, mismatch in results:
+        assert one_loss == pytest.approx(loss, rel=1e-5), (layout, settings)
+        assert one_norm == pytest.approx(norm, rel=1e-5), (layout, settings)
+        assert mismatch <= 1e-4
