@@ -1,13 +1,14 @@
-"""Files that appear whole or not at all.
+"""Files and folders that appear whole or not at all.
 
 `with replacing(path) as tmp:` hands out a name beside `path` to write to; when the block ends well the file is flushed
-to disk and renamed over `path`, otherwise it is removed and `path` stays as it was. One file at a time; no locking:
-of two writers the later one wins, whole.
+to disk and renamed over `path`, otherwise it is removed and `path` stays as it was. `replacing_folder` does the same
+with a folder and all files in it. No locking: of two writers the later one wins, whole.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty folder beside `folder`; renamed to `folder` when the block ends well, removed otherwise.
+
+    An existing `folder` is moved aside for the moment of the rename and then deleted.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
+    try:
+        yield tmp
+        for path in tmp.rglob("*"):
+            if path.is_file():
+                _fsync(path)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(tmp, folder)
+        _fsync(folder.parent)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

@@ -13,10 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.hf_folder import FolderError, HfWeights, check_folder, tensors_dtype, write_hf_folder
+from remax_megatron.model.hf_folder import FolderError, HfWeights, check_folder, write_hf_folder
 from tests.small_models import make_qwen2
 
 INDEX = "model.safetensors.index.json"
+
+
+def tensors_dtype(folder: Path) -> set[torch.dtype]:
+    weights = HfWeights(folder)
+    return {weights.get(name).dtype for name in weights.names}
 
 
 @pytest.fixture(scope="module")

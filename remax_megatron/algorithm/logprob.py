@@ -24,19 +24,20 @@ class _HeadLogProb(torch.autograd.Function):
             logits = _logits(hidden_RH[part], head, first, vocab_size, temperature)
             peak = logits.amax(dim=-1)
             _all_reduce(peak, dist.ReduceOp.MAX, group)
-            exp = (logits - peak.unsqueeze(1)).exp_()
+            logits -= peak.unsqueeze(1)
+            exp = logits.exp()
             mine, index = _own_targets(target_R[part], first, weight_VH.shape[0])
             target = torch.where(mine, logits.gather(1, index.unsqueeze(1)).squeeze(1), 0.0)
             # Padding columns hold -inf: they weigh nothing, and 0 * -inf must not become NaN.
-            weighted = (exp * logits.masked_fill(logits == -torch.inf, 0.0)).sum(dim=-1)
+            weighted = (exp * logits.masked_fill_(logits == -torch.inf, 0.0)).sum(dim=-1)
             sums = torch.stack([exp.sum(dim=-1), weighted, target])
             _all_reduce(sums, dist.ReduceOp.SUM, group)
             z, weighted, target = sums
-            log_z = peak + z.log()
-            log_z_R[part] = log_z
-            logprob_R[part] = target - log_z
-            entropy_R[part] = log_z - weighted / z
+            log_z_R[part] = peak + z.log()
+            logprob_R[part] = target - z.log()
+            entropy_R[part] = z.log() - weighted / z
         ctx.save_for_backward(hidden_RH, weight_VH, target_R, log_z_R, entropy_R)
+        ctx.set_materialize_grads(False)
         ctx.settings = (vocab_size, temperature, chunk_size, group)
         return logprob_R, entropy_R
 
@@ -53,12 +54,14 @@ class _HeadLogProb(torch.autograd.Function):
             log_p = logits - log_z_R[part].unsqueeze(1)
             p = log_p.exp()
             # d logprob / d logit_j = 1[j = target] - p_j;   d entropy / d logit_j = -p_j (log p_j + entropy)
-            grad = -p * grad_logprob_R[part].unsqueeze(1)
-            if ctx.needs_input_grad[0] and grad_entropy_R is not None:
+            mine, index = _own_targets(target_R[part], first, weight_VH.shape[0])
+            grad = torch.zeros_like(p)
+            if grad_logprob_R is not None:
+                grad -= p * grad_logprob_R[part].unsqueeze(1)
+                grad.scatter_add_(1, index.unsqueeze(1), (mine * grad_logprob_R[part]).unsqueeze(1))
+            if grad_entropy_R is not None:
                 log_p = log_p.masked_fill_(log_p == -torch.inf, 0.0)
                 grad -= p * (log_p + entropy_R[part].unsqueeze(1)) * grad_entropy_R[part].unsqueeze(1)
-            mine, index = _own_targets(target_R[part], first, weight_VH.shape[0])
-            grad.scatter_add_(1, index.unsqueeze(1), (mine * grad_logprob_R[part]).unsqueeze(1))
             grad = (grad / temperature).to(weight_VH.dtype)
             grad_hidden_RH[part] = grad @ weight_VH
             grad_weight_VH += grad.T @ hidden_RH[part]

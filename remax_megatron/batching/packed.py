@@ -39,9 +39,14 @@ class PackedBatch:
 
 
 def pack(
-    rows: Sequence[Row], indices: Sequence[int], *, pad_to: int, pad_limit: int, device: torch.device | str = "cpu"
+    rows: Sequence[Row],
+    indices: Sequence[int],
+    *,
+    pad_to: int,
+    pad_limit: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """Pack `rows[i] for i in indices`; pad to a multiple of `pad_to`, to no more than `pad_limit` unless it is short.
+    """Pack `rows[i] for i in indices`; pad to a multiple of `pad_to`, but to no more than the token budget `pad_limit`.
 
     An empty micro-batch becomes padding only. Rows keep the order of `indices`.
     """
@@ -49,7 +54,9 @@ def pack(
     lengths = [row.num_tokens for row in chosen]
     num_tokens = sum(lengths)
     padded = max(pad_to, -(-num_tokens // pad_to) * pad_to)
-    padding = max(min(padded, max(pad_limit, pad_to)) - num_tokens, 0)
+    if pad_limit is not None:
+        padded = min(padded, max(pad_limit, pad_to))
+    padding = max(padded - num_tokens, 0)
     segments = lengths + ([padding] if padding else [])
     tokens: list[int] = []
     position_R: list[int] = []

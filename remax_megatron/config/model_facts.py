@@ -93,7 +93,7 @@ def resolve_model_facts(path: str) -> ModelFacts:
     if path.startswith("embedded:"):
         if path != EMBEDDED_MODEL:
             raise ConfigError(f"{KEY}={path} is not an embedded model; the only one is {EMBEDDED_MODEL}")
-        from remax_megatron.demo.warm_start import MODEL_CONFIG
+        from remax_megatron.demo.model_config import MODEL_CONFIG
 
         return ModelFacts.from_hf_config(MODEL_CONFIG, path)
     if Path(path).expanduser().is_dir() or not HUB_ID.fullmatch(path):

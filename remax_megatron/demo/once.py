@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from remax_megatron.atomic import replacing_folder
 
 
 def digest(recipe: Any) -> str:
@@ -22,18 +22,11 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
     """Returns `folder`; when it is absent, `build` fills an empty folder aside, which is then synced and renamed.
 
     A second process waits on a lock file beside the folder for the first one to end, without a time limit: the lock
-    goes away with the process that holds it. What a killed build left behind is removed by the next one.
+    goes away with the process that holds it.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         if not folder.is_dir():
-            aside = folder.with_name(f".{folder.name}.tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            build(aside)
-            for path in aside.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            os.replace(aside, folder)
+            with replacing_folder(folder) as aside:
+                build(aside)
     return folder

@@ -5,12 +5,11 @@ Model code and pickles in a folder are never touched. Writing is atomic: a folde
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from remax_megatron.atomic import replacing_folder
 from remax_megatron.errors import UserError
 from remax_megatron.model.weight_table import Qwen2Shape, weight_table
 
@@ -50,7 +50,7 @@ class HfWeights:
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            self._file_of = json.loads(index.read_text())["weight_map"]
+            self._file_of = _weight_map(index)
         else:
             single = self.folder / "model.safetensors"
             if not single.exists():
@@ -85,11 +85,24 @@ class HfWeights:
         return self._open[file]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        return tuple(self._read(name, "get_slice").get_shape())
 
     def get(self, name: str) -> Tensor:
         """The whole tensor, memory-mapped where the platform can."""
-        return self._handle(name).get_tensor(name)
+        return self._read(name, "get_tensor")
+
+    def _read(self, name: str, how: str):
+        try:
+            return getattr(self._handle(name), how)(name)
+        except SafetensorError as error:
+            raise FolderError(f"{self.folder / self._file_of[name]} does not hold {name}: {error}") from error
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{index} is damaged: {type(error).__name__}: {error}") from error
 
 
 def check_folder(weights: HfWeights, shape: Qwen2Shape) -> None:
@@ -119,67 +132,51 @@ def write_hf_folder(
 
     Streams: at most one shard (`max_shard_bytes`) of tensors is held. An existing `folder` is replaced at the end.
     """
-    folder, source = Path(folder), Path(source)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    shards: list[list[str]] = []
+    with replacing_folder(folder) as aside:
+        shards: list[list[str]] = []
+        num_bytes = 0
+        dtype = None
+        for shard in _shards(tensors, max_shard_bytes):
+            save_file(shard, aside / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append(list(shard))
+            num_bytes += sum(tensor.nbytes for tensor in shard.values())
+            dtype = next(iter(shard.values())).dtype
+        _name_shards(aside, shards, num_bytes)
+        for name in SIDE_FILES:
+            if (Path(source) / name).exists():
+                shutil.copyfile(Path(source) / name, aside / name)
+        _set_dtype(aside / "config.json", dtype)
+    return Path(folder)
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Consecutive tensors, copied to the CPU, in groups of at most `max_bytes` (or one tensor)."""
     pending: dict[str, Tensor] = {}
-    total = pending_bytes = 0
-
-    def flush() -> None:
-        nonlocal pending, pending_bytes
-        save_file(pending, aside / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending, pending_bytes = {}, 0
-
     for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_shard_bytes:
-            flush()
+        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_bytes:
+            yield pending
+            pending = {}
         pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        pending_bytes += size
-        total += size
-    flush()
+    if pending:
+        yield pending
+
+
+def _name_shards(folder: Path, shards: list[list[str]], num_bytes: int) -> None:
+    """Give the files "shard-0", ... their final names, which hold their count, and write the index if there are more."""
+    if len(shards) == 1:
+        os.replace(folder / "shard-0", folder / "model.safetensors")
+        return
     weight_map = {}
     for i, names in enumerate(shards):
-        final = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(aside / f"shard-{i}", aside / final)
+        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"shard-{i}", folder / final)
         weight_map.update(dict.fromkeys(names, final))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-    for name in SIDE_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, aside / name)
-    _set_dtype(aside / "config.json", next(iter(tensors_dtype(aside))))
-    for path in aside.iterdir():
-        _fsync(path)
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    _fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
-def tensors_dtype(folder: Path) -> set[torch.dtype]:
-    """The dtypes of a folder's tensors."""
-    weights = HfWeights(folder)
-    return {weights.get(name).dtype for name in weights.names}
-
-
-def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+def _set_dtype(config: Path, dtype: torch.dtype | None) -> None:
     values = json.loads(config.read_text())
     key = "torch_dtype" if "torch_dtype" in values else "dtype"
     values[key] = str(dtype).removeprefix("torch.")
     config.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

