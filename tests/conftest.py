@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: tests share two cores with the ranks they start, and spinning threads would starve both.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -43,7 +46,7 @@ def torchrun(demo_cache):
     def start(ranks: int, overrides: list[str]) -> subprocess.Popen:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
         command += ["--nproc-per-node", str(ranks), "-m", "remax_megatron", f"trainer.n_gpus_per_node={ranks}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "REMAX_CACHE": str(demo_cache)}
+        environment = os.environ | {"REMAX_CACHE": str(demo_cache)}
         return subprocess.Popen(
             [*command, *overrides],
             cwd=ROOT,

@@ -1,0 +1,161 @@
+"""The resharding bridge into a real vLLM engine, and the canary: what it lets pass and what it must catch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.small_models import make_qwen2
+
+END, PROMPTS = 1, 10
+
+
+class Tokenizer:
+    """Just what the engine asks of a tokenizer; the canary never reads text."""
+
+    eos_token_id = END
+
+    def decode(self, ids):
+        return f"<{ids[0]}>"
+
+    def batch_decode(self, sequences, **_):
+        return [" ".join(map(str, ids)) for ids in sequences]
+
+
+def build(folder: str, device, *, tp=1, pp=1, vllm_tp=1, temperature=0.8, bucket_bytes=2**20):
+    from remax_megatron.config.model_facts import ModelFacts
+    from remax_megatron.config.schema import Actor, RolloutConfig
+    from remax_megatron.parallel.layout import init_model_parallel
+    from remax_megatron.policy.policy import Policy
+    from remax_megatron.rollout.bridge import Bridge
+    from remax_megatron.rollout.engine import Engine
+    from remax_megatron.types import Prompt
+
+    layout = init_model_parallel(device, tp=tp, pp=pp, vpp=None, seed=1)
+    facts = ModelFacts.from_folder(folder)
+    actor = Actor()
+    actor.megatron.dtype = "float32"
+    actor.ppo_max_token_len_per_gpu = 512
+    actor.optim.lr = 1e-2
+    policy = Policy(facts, layout, actor, hf_folder=folder, temperature=temperature, recompute=False)
+    rollout = RolloutConfig(n=2, temperature=temperature, tensor_model_parallel_size=vllm_tp, kv_cache_gib=0.1)
+    engine = Engine(
+        folder,
+        Tokenizer(),
+        rollout,
+        dtype="float32",
+        max_prompt_length=64,
+        max_response_length=24,
+        seed=3,
+        device=device,
+        tied_embeddings=facts.tied_embeddings,
+    )
+    prompts = [Prompt(i, tuple((7 * i + 3 * j) % 200 + 2 for j in range(40)), "x", "y") for i in range(PROMPTS)]
+    bridge = Bridge(policy, engine, prompts, dtype="float32", bucket_bytes=bucket_bytes, threshold=None)
+    return policy, engine, bridge, prompts
+
+
+def train(policy, engine, bridge, prompts, step: int) -> None:
+    """One update that moves every weight (rank 0's rollouts for all)."""
+    from remax_megatron.types import Row
+
+    rows = [
+        Row(r.prompt.token_ids, s.token_ids, [1.0 - 2.0 * i] * len(s.token_ids), s.logprobs)
+        for r in engine.rollout(prompts, step=step, weight_version=bridge.weight_version)
+        for i, s in enumerate(r.samples)
+    ]
+    policy.update(rows)
+
+
+def faults_worker(folder: str) -> dict[str, str]:
+    """Each fault in turn, in one engine: what the canary says."""
+    from remax_megatron.parallel.layout import init_distributed
+    from remax_megatron.rollout.bridge import CanaryError
+
+    policy, engine, bridge, prompts = build(folder, init_distributed("cpu", 120))
+    said: dict[str, str] = {}
+
+    def sync(name: str) -> None:
+        try:
+            report = bridge.sync()
+            said[name] = f"passed: {report.canary_max:.1e} {report.num_bytes}"
+        except CanaryError as error:
+            said[name] = str(error)
+
+    sync("first")
+    for step, fault in enumerate(("none", "tied head", "stale cache", "one tensor", "none again")):
+        train(policy, engine, bridge, prompts, step)
+        keep = engine._repack_head, engine._llm.reset_prefix_cache, bridge._stream
+        if fault == "tied head":
+            engine._repack_head = False
+        if fault == "stale cache":
+            engine._llm.reset_prefix_cache = lambda: True
+        if fault == "one tensor":
+            real = bridge._stream
+
+            class Corrupting:
+                num_bytes = real.num_bytes
+
+                def __iter__(self):
+                    for name, tensor in real:
+                        yield name, tensor * 1.01 if name.endswith("layers.2.mlp.up_proj.weight") else tensor
+
+            bridge._stream = Corrupting()
+        sync(fault)
+        engine._repack_head, engine._llm.reset_prefix_cache, bridge._stream = keep
+    return said
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory) -> str:
+    return str(make_qwen2(tmp_path_factory.mktemp("bridge") / "tied", tied=True))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> str:
+    return str(make_qwen2(tmp_path_factory.mktemp("bridge") / "untied", tied=False))
+
+
+def test_canary_passes_good_syncs_and_catches_each_fault(tied):
+    said = run_ranks("tests.test_bridge:faults_worker", 1, tied)[0]
+    for name in ("first", "none", "none again"):
+        assert said[name].startswith("passed"), (name, said[name])
+    for name in ("tied head", "stale cache", "one tensor"):
+        assert "does not compute with the policy's weights" in said[name], (name, said[name])
+        assert "limit 0.0001 (actor_rollout_ref.rollout.canary_threshold); worst at scored position" in said[name]
+        assert "policy -" in said[name] and "engine -" in said[name]
+
+
+def reshard_worker(payload):
+    """Two syncs and rollouts under one layout: canaries, the weights as streamed, and the tokens answered."""
+    from remax_megatron.parallel.layout import init_distributed
+
+    folder, layout = payload
+    policy, engine, bridge, prompts = build(folder, init_distributed("cpu", 120), **layout)
+    reports = [bridge.sync()]
+    streamed = {name: tensor.clone() for name, tensor in policy.weight_stream(torch.float32, 3000)}
+    rollouts = engine.rollout(prompts, step=5, weight_version=bridge.weight_version)
+    train(policy, engine, bridge, prompts, 0)
+    reports.append(bridge.sync())
+    tokens = [[r.greedy.token_ids, *[s.token_ids for s in r.samples]] for r in rollouts]
+    versions = {s.weight_version for r in rollouts for s in (r.greedy, *r.samples)}
+    return [(r.canary_max, r.num_bytes, r.weight_version) for r in reports], streamed, tokens, versions
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2, "vllm_tp": 1}, {"pp": 2, "vllm_tp": 2, "bucket_bytes": 3000}])
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_resharding_is_exact_and_rollouts_do_not_depend_on_the_layout(model, layout, request):
+    from safetensors.torch import load_file
+
+    folder = request.getfixturevalue(model)
+    results = run_ranks("tests.test_bridge:reshard_worker", 2, (folder, layout))
+    saved = load_file(f"{folder}/model.safetensors")
+    for reports, streamed, tokens, versions in results:
+        assert all(largest <= 1e-4 for largest, _, _ in reports)
+        assert [version for _, _, version in reports] == [0, 1]
+        assert reports[0][1] == sum(t.numel() * 4 for t in saved.values())
+        assert streamed.keys() == saved.keys()
+        assert all(torch.equal(streamed[name], saved[name]) for name in saved)
+        assert versions == {0}
+        assert tokens == results[0][2]  # same seeds, same prompts: the same answers on every rank
