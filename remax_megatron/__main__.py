@@ -8,7 +8,6 @@ import sys
 
 from remax_megatron.config import cli
 
-
 # What libraries say at every start about parts that this stack leaves out on purpose; a user's own value wins.
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
 

@@ -74,7 +74,9 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
     check_folder(HfWeights(folder), facts)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
-        raise ConfigError(f"actor_rollout_ref.model.path={folder}: the tokenizer has no chat template; add one to the folder")
+        raise ConfigError(
+            f"actor_rollout_ref.model.path={folder}: the tokenizer has no chat template; add one to the folder"
+        )
 
     def load(files) -> PromptDataset:
         return load_prompts(

@@ -92,7 +92,9 @@ class Trainer:
         """The rows of each optimizer step. With more than one, the log-probabilities before the first are kept in
         the rows; with one every ratio is exactly 1 and that pass is left out."""
         actor = self.config.actor_rollout_ref.actor
-        size = (actor.ppo_mini_batch_size or self.config.data.train_batch_size) * self.config.actor_rollout_ref.rollout.n
+        size = (
+            actor.ppo_mini_batch_size or self.config.data.train_batch_size
+        ) * self.config.actor_rollout_ref.rollout.n
         parts = [rows[i : i + size] for i in range(0, len(rows), size)] * actor.ppo_epochs
         if len(parts) > 1:
             for row, logprobs in zip(rows, self.policy.logprobs(rows), strict=True):

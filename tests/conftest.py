@@ -41,7 +41,7 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def torchrun(demo_cache):
-    """`torchrun(ranks, overrides, timeout_s=...)`: a real run of the trainer's entry under torchrun, bounded in time."""
+    """`torchrun(ranks, overrides, timeout_s=...)`: a real run of the trainer under torchrun, bounded in time."""
 
     def start(ranks: int, overrides: list[str]) -> subprocess.Popen:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]

@@ -68,6 +68,17 @@ def train(policy, engine, bridge, prompts, step: int) -> None:
     policy.update(rows)
 
 
+class Corrupting:
+    """A weight stream that changes one tensor by one percent on its way."""
+
+    def __init__(self, stream):
+        self.stream, self.num_bytes = stream, stream.num_bytes
+
+    def __iter__(self):
+        for name, tensor in self.stream:
+            yield name, tensor * 1.01 if name.endswith("layers.2.mlp.up_proj.weight") else tensor
+
+
 def faults_worker(folder: str) -> dict[str, str]:
     """Each fault in turn, in one engine: what the canary says."""
     from remax_megatron.parallel.layout import init_distributed
@@ -92,16 +103,7 @@ def faults_worker(folder: str) -> dict[str, str]:
         if fault == "stale cache":
             engine._llm.reset_prefix_cache = lambda: True
         if fault == "one tensor":
-            real = bridge._stream
-
-            class Corrupting:
-                num_bytes = real.num_bytes
-
-                def __iter__(self):
-                    for name, tensor in real:
-                        yield name, tensor * 1.01 if name.endswith("layers.2.mlp.up_proj.weight") else tensor
-
-            bridge._stream = Corrupting()
+            bridge._stream = Corrupting(bridge._stream)
         sync(fault)
         engine._repack_head, engine._llm.reset_prefix_cache, bridge._stream = keep
     return said

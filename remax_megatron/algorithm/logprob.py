@@ -6,6 +6,8 @@ memory beyond inputs and gradients is chunk_size x V/TP, whatever the number of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,7 +15,16 @@ from torch import Tensor
 
 class _HeadLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RH, weight_VH, target_R, vocab_size, temperature, chunk_size, group):
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        target_R: Tensor,
+        vocab_size: int,
+        temperature: float,
+        chunk_size: int,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
         num = hidden_RH.shape[0]
         logprob_R = torch.empty(num, dtype=torch.float32, device=hidden_RH.device)
         entropy_R = torch.empty_like(logprob_R)
@@ -42,7 +53,9 @@ class _HeadLogProb(torch.autograd.Function):
         return logprob_R, entropy_R
 
     @staticmethod
-    def backward(ctx, grad_logprob_R, grad_entropy_R):
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprob_R: Tensor | None, grad_entropy_R: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         hidden_RH, weight_VH, target_R, log_z_R, entropy_R = ctx.saved_tensors
         vocab_size, temperature, chunk_size, group = ctx.settings
         first = _first_row(weight_VH, group)
@@ -88,15 +101,15 @@ def head_logprob(
 
 
 def _float32_operand(weight_VH: Tensor) -> Tensor:
-    """The head as `_logits` multiplies it: GPUs turn bfloat16 products into float32 sums, CPUs need float32 operands."""
+    """The head as `_logits` takes it: a GPU sums bfloat16 products in float32, a CPU needs float32 operands."""
     return weight_VH if weight_VH.is_cuda else weight_VH.float()
 
 
-def _logits(hidden, weight_VH, first: int, vocab_size: int, temperature: float) -> Tensor:
+def _logits(hidden_RH: Tensor, weight_VH: Tensor, first: int, vocab_size: int, temperature: float) -> Tensor:
     if weight_VH.dtype == torch.float32:
-        logits = hidden.float() @ weight_VH.T
+        logits = hidden_RH.float() @ weight_VH.T
     else:
-        logits = torch.mm(hidden, weight_VH.T, out_dtype=torch.float32)
+        logits = torch.mm(hidden_RH, weight_VH.T, out_dtype=torch.float32)
     if temperature != 1.0:
         logits.div_(temperature)
     if first + weight_VH.shape[0] > vocab_size:
@@ -104,12 +117,12 @@ def _logits(hidden, weight_VH, first: int, vocab_size: int, temperature: float) 
     return logits
 
 
-def _own_targets(target, first: int, rows: int) -> tuple[Tensor, Tensor]:
+def _own_targets(target: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
     mine = (target >= first) & (target < first + rows)
     return mine, torch.where(mine, target - first, 0)
 
 
-def _first_row(weight_VH: Tensor, group) -> int:
+def _first_row(weight_VH: Tensor, group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group) * weight_VH.shape[0]
 
 
@@ -117,6 +130,6 @@ def _chunks(num: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, num)) for i in range(0, num, size)]
 
 
-def _all_reduce(tensor: Tensor, op, group) -> None:
+def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)

@@ -69,9 +69,7 @@ class SdpaPerRow(_PackedAttention):
     def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
         lengths = packed.cu_seqlens_q.diff().tolist()
         outs = []
-        for q, k, v in zip(
-            query_TND.split(lengths), key_TKD.split(lengths), value_TKD.split(lengths), strict=True
-        ):
+        for q, k, v in zip(query_TND.split(lengths), key_TKD.split(lengths), value_TKD.split(lengths), strict=True):
             out = F.scaled_dot_product_attention(
                 q.transpose(0, 1).unsqueeze(0),
                 k.transpose(0, 1).unsqueeze(0),

@@ -108,9 +108,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 def check_folder(weights: HfWeights, shape: Qwen2Shape) -> None:
     """FolderError naming the first missing, extra or misshapen tensor of the folder."""
     expected = {
-        name: dims
-        for entry in weight_table(shape)
-        for name, dims in zip(entry.hf_names, entry.hf_shapes, strict=True)
+        name: dims for entry in weight_table(shape) for name, dims in zip(entry.hf_names, entry.hf_shapes, strict=True)
     }
     # Derived or duplicated by some writers; carries nothing of its own.
     ignorable = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
@@ -162,7 +160,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[d
 
 
 def _name_shards(folder: Path, shards: list[list[str]], num_bytes: int) -> None:
-    """Give the files "shard-0", ... their final names, which hold their count, and write the index if there are more."""
+    """Give "shard-0", ... their final names, which hold their count; write the index if there is more than one."""
     if len(shards) == 1:
         os.replace(folder / "shard-0", folder / "model.safetensors")
         return

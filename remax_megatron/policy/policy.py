@@ -114,7 +114,9 @@ class Policy:
             model, None, **kwargs
         )
         config.grad_scale_func = None
-        config.no_sync_func = [chunk.no_sync for chunk in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
+        config.no_sync_func = (
+            [chunk.no_sync for chunk in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
+        )
         self.optimizer = self._build_optimizer()
         self.num_updates = 0
         self._released = False

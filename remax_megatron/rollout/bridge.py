@@ -63,9 +63,7 @@ class Bridge:
         self._by_mean = dtype != "float32"
         self._threshold = THRESHOLD[dtype] if threshold is None else threshold
         self._stream = policy.weight_stream(getattr(torch, dtype), bucket_bytes)
-        self._canaries = [
-            ScoringRequest(prompt.token_ids, NUM_GENERATED) for prompt in canary_prompts[:NUM_CANARIES]
-        ]
+        self._canaries = [ScoringRequest(prompt.token_ids, NUM_GENERATED) for prompt in canary_prompts[:NUM_CANARIES]]
 
     def sync(self) -> SyncReport:
         """Send the weights, reset the prefix cache, run the canary; CanaryError on every rank when it fails."""

@@ -1,4 +1,4 @@
-"""From prompts to scored answers that every rank holds: each replica answers and scores its share, then all share all."""
+"""From prompts to scored answers on every rank: each replica answers and scores its share, then all share all."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def end_token_ids(hf_folder: str, tokenizer) -> list[int]:
         declared = json.loads(path.read_text()).get("eos_token_id")
         ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
     if not ids:
-        raise ValueError(f"{hf_folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
+        raise ValueError(
+            f"{hf_folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token"
+        )
     return sorted(ids)
 
 
@@ -112,9 +114,7 @@ class Engine:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def reload(
-        self, weights: Iterable[tuple[str, Tensor]], before_kv_cache: Callable[[], None] = lambda: None
-    ) -> None:
+    def reload(self, weights: Iterable[tuple[str, Tensor]], before_kv_cache: Callable[[], None] = lambda: None) -> None:
         """Replace the weights by `weights` (Hugging Face names, whole tensors) and forget the prefix cache.
 
         Every rank of the world calls and drains its iterator. On a GPU the KV cache sleeps while weights move, and
@@ -184,9 +184,7 @@ class Engine:
         results = []
         for request, scored, continued in zip(requests, outputs[0::2], outputs[1::2], strict=True):
             assert scored.prompt_logprobs is not None
-            given = [
-                scored.prompt_logprobs[i][token].logprob for i, token in enumerate(request.token_ids) if i > 0
-            ]
+            given = [scored.prompt_logprobs[i][token].logprob for i, token in enumerate(request.token_ids) if i > 0]
             answer = continued.outputs[0]
             results.append((given, list(answer.token_ids), _logprobs(answer)))
         return results
