@@ -25,13 +25,38 @@ LAYOUTS = [  # ranks, tp, pp, vllm tp
     (4, 2, 2, 1),
     (4, 2, 2, 2),
 ]
-REQUIRED_METRICS = set(
-    "step epoch weight_version reward/mean baseline/mean advantage/mean advantage/zero_share baseline/win_share "
-    "baseline/tie_share baseline/lose_share actor/loss actor/grad_norm actor/entropy response/mean_tokens "
-    "response/truncated_share batch/num_microbatches batch/num_tokens batch/fill rollout/logprob_diff_mean "
-    "rollout/logprob_diff_max sync/seconds sync/bytes sync/canary_max_abs_diff time/rollout_s time/reward_s "
-    "time/update_s time/sync_s time/step_s throughput/trained_tokens_per_s throughput/generated_tokens_per_s".split()
-)
+REQUIRED_METRICS = {
+    "step",
+    "epoch",
+    "weight_version",
+    "reward/mean",
+    "baseline/mean",
+    "advantage/mean",
+    "advantage/zero_share",
+    "baseline/win_share",
+    "baseline/tie_share",
+    "baseline/lose_share",
+    "actor/loss",
+    "actor/grad_norm",
+    "actor/entropy",
+    "response/mean_tokens",
+    "response/truncated_share",
+    "batch/num_microbatches",
+    "batch/num_tokens",
+    "batch/fill",
+    "rollout/logprob_diff_mean",
+    "rollout/logprob_diff_max",
+    "sync/seconds",
+    "sync/bytes",
+    "sync/canary_max_abs_diff",
+    "time/rollout_s",
+    "time/reward_s",
+    "time/update_s",
+    "time/sync_s",
+    "time/step_s",
+    "throughput/trained_tokens_per_s",
+    "throughput/generated_tokens_per_s",
+}
 
 
 def overrides(policy: str, run_dir: Path, tp: int, pp: int, vllm_tp: int) -> list[str]:

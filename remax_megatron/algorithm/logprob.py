@@ -15,7 +15,7 @@ from torch import Tensor
 
 class _HeadLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_RH: Tensor,
         weight_VH: Tensor,
@@ -53,9 +53,7 @@ class _HeadLogProb(torch.autograd.Function):
         return logprob_R, entropy_R
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_logprob_R: Tensor | None, grad_entropy_R: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logprob_R: Tensor | None, grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_RH, weight_VH, target_R, log_z_R, entropy_R = ctx.saved_tensors
         vocab_size, temperature, chunk_size, group = ctx.settings
         first = _first_row(weight_VH, group)
