@@ -103,7 +103,7 @@ class Trainer:
 
     def _update(self, rows: Sequence[Row], epoch: int, step: int) -> UpdateResult:
         schedule = self.policy.schedule(rows)
-        if self.writer is not None:
+        if self.writer is not None and self.config.actor_rollout_ref.actor.use_dynamic_bsz:
             for rank in schedule:
                 for batch in rank:
                     num_tokens = sum(rows[i].num_tokens for i in batch)
