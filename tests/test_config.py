@@ -390,7 +390,7 @@ BROKEN = {
     "mini divides": ([f"{ACTOR}.ppo_mini_batch_size=48"], ["ppo_mini_batch_size=48", "train_batch_size=64", "divisor"]),
     "mini larger": ([f"{ACTOR}.ppo_mini_batch_size=128"], ["ppo_mini_batch_size=128", "larger", "train_batch_size=64"]),
     "fixed size": ([f"{ACTOR}.use_dynamic_bsz=False"], ["use_dynamic_bsz=False needs", "ppo_micro_batch_size_per_gpu"]),
-    "budget": ([f"{ACTOR}.ppo_max_token_len_per_gpu=100"], ["=100", "=96", "=48", "at least 144"]),
+    "budget": ([f"{ACTOR}.ppo_max_token_len_per_gpu=60"], ["=60", "=48", "=32", "at least 80"]),
     "budget tp": (
         [f"{ACTOR}.ppo_max_token_len_per_gpu=4095", f"{MEGATRON}.sequence_parallel=True"],
         ["=4095", "multiple", "tensor_model_parallel_size=2", "4096"],
@@ -400,7 +400,7 @@ BROKEN = {
         ["max_num_batched_tokens=64", "max_num_seqs=128", "at least 128"],
     ),
     "logger": (["trainer.logger=[console,mlflow]"], ["'mlflow'", "console, wandb, tensorboard"]),
-    "no val files": (["data.val_files=null"], ["test_freq=10", "data.val_files is not set"]),
+    "no val files": (["data.val_files=null"], ["test_freq=5", "data.val_files is not set"]),
     "folder": (["trainer.default_local_dir="], ["default_local_dir is empty"]),
     "backend": ([f"{MEGATRON}.attention_backend=varlen"], ["attention_backend=varlen", "trainer.device=cpu", "auto"]),
 }  # fmt: skip
@@ -638,7 +638,7 @@ def test_help_teaches():
     [
         (["lr=1"], "did you mean actor_rollout_ref.actor.optim.lr?"),
         (["trainer.seed=abc"], "an integer"),
-        ([f"{ACTOR}.ppo_max_token_len_per_gpu=100"], "at least 144"),
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=60"], "at least 80"),
         (["actor_rollout_ref.model.path=/nowhere/model"], "no such folder"),
         (["data.train_files=/nowhere/train.parquet"], "no such file"),
         (["--config-name", "nope"], "one of: demo, qwen2_5_3b"),

@@ -67,10 +67,15 @@ class ModelFacts:
             return value
 
         heads, hidden = size("num_attention_heads"), size("hidden_size")
-        if config.get("head_dim") is None and hidden % heads:
+        if hidden % heads:
             raise ConfigError(
                 f"{KEY}={source}: config.json says hidden_size={hidden}, not a multiple of"
                 f" num_attention_heads={heads}; {MEND}"
+            )
+        if config.get("head_dim") not in (None, hidden // heads):
+            raise ConfigError(
+                f"{KEY}={source}: config.json says head_dim={config['head_dim']}, but a Qwen2 model has hidden_size"
+                f" / num_attention_heads = {hidden // heads} (vLLM computes with that); {MEND}"
             )
         rope = config.get("rope_parameters") or {}  # transformers 5; transformers 4 wrote rope_theta at the top
         return cls(
@@ -79,7 +84,7 @@ class ModelFacts:
             ffn_hidden_size=size("intermediate_size"),
             num_attention_heads=heads,
             num_key_value_heads=heads if config.get("num_key_value_heads") is None else size("num_key_value_heads"),
-            head_dim=hidden // heads if config.get("head_dim") is None else size("head_dim"),
+            head_dim=hidden // heads,
             vocab_size=size("vocab_size"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=size("max_position_embeddings"),

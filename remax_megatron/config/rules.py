@@ -491,6 +491,9 @@ def _tp_clash(tp: int, model: ModelFacts) -> str:
         return f"neither divides the model's {kv} KV heads nor is a multiple of them"
     if model.ffn_hidden_size % tp:
         return f"does not divide the model's ffn size {model.ffn_hidden_size}"
+    qkv_rows = (model.num_attention_heads + 2 * kv) * model.head_dim
+    if qkv_rows % tp:  # more ranks than KV heads: Megatron cuts the merged projection by rows
+        return f"does not divide the {qkv_rows} rows of the model's merged query, key and value projection"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +51,24 @@ def init_distributed(device: str, timeout_s: int) -> torch.device:
     else:
         local = torch.device("cpu")
         cpu_platform.prepare()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29400")
+    if "RANK" not in os.environ:
+        os.environ |= _alone()
     dist.init_process_group(
         backend="nccl" if device == "cuda" else "gloo",
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
         timeout=datetime.timedelta(seconds=timeout_s),
     )
     return local
+
+
+def _alone() -> dict[str, str]:
+    """What torchrun would set for a single rank; vLLM reads it too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return one_rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def init_model_parallel(device: torch.device, *, tp: int, pp: int, vpp: int | None, seed: int) -> Layout:
