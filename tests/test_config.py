@@ -201,7 +201,7 @@ def test_overrides_as_hydra_users_write_them():
     assert (config.data.train_batch_size, config.data.max_prompt_length, config.data.max_response_length) == (
         32,
         64,
-        48,
+        32,
     )
     assert config.trainer.experiment_name == f"{config.trainer.project_name}_x"
     home = str(Path.home())
