@@ -51,8 +51,8 @@ def plot_curves(metrics_jsonl: str | os.PathLike[str], png: str | os.PathLike[st
 
     steps, values = series("val/accuracy")
     right.plot(steps, values, color=VALIDATION, linewidth=2.4, marker="o", markersize=6)
-    for i, align in ((0, "left"), (-1, "right"))[: len(steps)]:  # under the line's start, over its end
-        place = (8, -14) if align == "left" else (4, 10)
+    for i, align in ((0, "left"), (-1, "right"))[: len(steps)]:  # beside the line's start, over its end
+        place = (10, -4) if align == "left" else (4, 10)
         label = f"{values[i]:.1%}"
         right.annotate(
             label, (steps[i], values[i]), place, textcoords="offset points", ha=align, fontsize=11, color=INK

@@ -13,6 +13,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,9 @@ from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.rewards.scoring import Scorer, check_data_sources, load_scorer
+
+if TYPE_CHECKING:
+    from remax_megatron.trainer import Trainer
 
 
 @dataclass
@@ -56,7 +60,9 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         cpu_platform.remove_dead_shared_memory()
     with ends_all_ranks(cleanup=cpu_platform.remove_own_shared_memory):
-        _train_and_export(config, facts, inputs, device, is_first)
+        trainer = _build(config, facts, inputs, device, is_first)
+        trainer.train()
+        _export(trainer, inputs.hf_folder)
         dist.barrier()
         cpu_platform.remove_own_shared_memory()
     sys.stdout.flush()
@@ -136,42 +142,43 @@ def local_data_files(files) -> list[str]:
     return [embedded.get(file, file) for file in files]
 
 
-def _train_and_export(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, is_first: bool) -> None:
+def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, is_first: bool) -> Trainer:
+    """Megatron's groups, the policy, the engine, the bridge between them, and the loop over it all. Collective."""
     from remax_megatron.policy.policy import Policy
     from remax_megatron.rollout.bridge import Bridge
     from remax_megatron.rollout.collect import Collector
     from remax_megatron.rollout.engine import Engine
     from remax_megatron.trainer import Trainer
 
-    run_dir = Path(config.trainer.default_local_dir)
-    if is_first:
-        _start_run_dir(run_dir, config)
+    trainer, actor, rollout = config.trainer, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     writer = None
     if is_first:
-        names = (config.trainer.project_name, config.trainer.experiment_name)
-        writer = MetricsWriter(run_dir, config.trainer.logger, *names, to_yaml(config), echo=_print_line)
+        run_dir = _start_run_dir(config)
+        names = (trainer.project_name, trainer.experiment_name)
+        writer = MetricsWriter(run_dir, trainer.logger, *names, to_yaml(config), echo=_print_line)
     say = writer.say if writer else lambda line: None
-    model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-    megatron = config.actor_rollout_ref.actor.megatron
     layout = init_model_parallel(
         device,
-        tp=megatron.tensor_model_parallel_size,
-        pp=megatron.pipeline_model_parallel_size,
-        vpp=megatron.virtual_pipeline_model_parallel_size,
-        seed=config.trainer.seed,
+        tp=actor.megatron.tensor_model_parallel_size,
+        pp=actor.megatron.pipeline_model_parallel_size,
+        vpp=actor.megatron.virtual_pipeline_model_parallel_size,
+        seed=trainer.seed,
     )
-    say(f"{layout.world_size} ranks on {device.type}: TP {layout.tp}, PP {layout.pp}, DP {layout.dp}; vLLM TP "
-        f"{rollout.tensor_model_parallel_size}")  # fmt: skip
+    say(
+        f"{layout.world_size} ranks on {device.type}: TP {layout.tp}, PP {layout.pp}, DP {layout.dp}; "
+        f"vLLM TP {rollout.tensor_model_parallel_size}"
+    )
     policy = Policy(
         facts,
         layout,
-        config.actor_rollout_ref.actor,
+        actor,
         hf_folder=inputs.hf_folder,
         temperature=rollout.temperature,
-        recompute=model.enable_gradient_checkpointing,
+        recompute=config.actor_rollout_ref.model.enable_gradient_checkpointing,
         log=say,
     )
-    dtype = rollout.dtype or megatron.dtype
+    policy.release_training_memory()  # vLLM measures what is free when it starts
+    dtype = rollout.dtype or actor.megatron.dtype
     engine = Engine(
         inputs.hf_folder,
         inputs.tokenizer,
@@ -179,7 +186,7 @@ def _train_and_export(config: Config, facts: ModelFacts, inputs: Inputs, device:
         dtype=dtype,
         max_prompt_length=config.data.max_prompt_length,
         max_response_length=config.data.max_response_length,
-        seed=config.trainer.seed,
+        seed=trainer.seed,
         device=device,
         tied_embeddings=facts.tied_embeddings,
     )
@@ -193,24 +200,29 @@ def _train_and_export(config: Config, facts: ModelFacts, inputs: Inputs, device:
     )
     timer = PhaseTimer()
     collector = Collector(engine, inputs.scorer, timer)
-    trainer = Trainer(config, policy, bridge, collector, inputs.train_prompts, inputs.val_prompts, timer, writer)
-    trainer.train()
+    return Trainer(config, policy, bridge, collector, inputs.train_prompts, inputs.val_prompts, timer, writer)
+
+
+def _export(trainer: Trainer, hf_folder: str) -> None:
+    """Write the trained policy as a Hugging Face folder and draw the curves. Collective; rank 0 writes."""
+    config, writer = trainer.config, trainer.writer
+    run_dir = Path(config.trainer.default_local_dir)
     if config.trainer.export_hf:
-        folder = run_dir / "hf"
-        stream = policy.weight_stream(getattr(torch, megatron.dtype), rollout.sync_bucket_mb * 2**20)
-        if is_first:
-            write_hf_folder(folder, iter(stream), inputs.hf_folder)
-            say(f"Trained policy: {folder}")
+        dtype = getattr(torch, config.actor_rollout_ref.actor.megatron.dtype)
+        stream = trainer.policy.weight_stream(dtype, config.actor_rollout_ref.rollout.sync_bucket_mb * 2**20)
+        if writer is not None:
+            write_hf_folder(run_dir / "hf", iter(stream), hf_folder)
+            writer.say(f"Trained policy: {run_dir / 'hf'}")
         else:
             for _ in stream:
                 pass
-    engine.close()
+    trainer.collector.engine.close()
     if writer is not None:
         from remax_megatron.plots import plot_curves
 
-        writer.close()
         plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-        say(f"Curves: {run_dir / 'curves.png'}")
+        writer.say(f"Curves: {run_dir / 'curves.png'}")
+        writer.close()
 
 
 def _print_line(line: str) -> None:
@@ -221,15 +233,22 @@ def _print_line(line: str) -> None:
         print(line, flush=True)
 
 
-def _start_run_dir(run_dir: Path, config: Config) -> None:
-    """Save the settings; an earlier run's metrics are kept under the next free number."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+def _start_run_dir(config: Config) -> Path:
+    """Make the run's folder and save the settings; an earlier run's metrics are kept under the next free number."""
+    run_dir = Path(config.trainer.default_local_dir)
     metrics = run_dir / "metrics.jsonl"
-    if metrics.exists():
-        number = next(i for i in range(1, 10**6) if not (run_dir / f"metrics.{i}.jsonl").exists())
-        os.replace(metrics, run_dir / f"metrics.{number}.jsonl")
-    with replacing(run_dir / "config.yaml") as path:
-        path.write_text(to_yaml(config))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if metrics.exists():
+            number = next(i for i in range(1, 10**6) if not (run_dir / f"metrics.{i}.jsonl").exists())
+            os.replace(metrics, run_dir / f"metrics.{number}.jsonl")
+        with replacing(run_dir / "config.yaml") as path:
+            path.write_text(to_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"trainer.default_local_dir={run_dir} cannot be written ({error}); set it to a writable folder"
+        ) from error
+    return run_dir
 
 
 def quiet_libraries() -> None:
@@ -237,5 +256,6 @@ def quiet_libraries() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if os.environ.get("RANK", "0") != "0":
         logging.getLogger("remax_megatron").setLevel(logging.ERROR)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # absent on the CPU stack on purpose
     for module in ("megatron", "torch", "transformers", "vllm"):
         warnings.filterwarnings("ignore", module=module)

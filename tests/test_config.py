@@ -402,6 +402,10 @@ BROKEN = {
     "logger": (["trainer.logger=[console,mlflow]"], ["'mlflow'", "console, wandb, tensorboard"]),
     "no val files": (["data.val_files=null"], ["test_freq=5", "data.val_files is not set"]),
     "folder": (["trainer.default_local_dir="], ["default_local_dir is empty"]),
+    "optimizer offload": (
+        [f"{MEGATRON}.optimizer_offload=True", f"{MEGATRON}.use_distributed_optimizer=False"],
+        ["optimizer_offload=True", "float32", "use_distributed_optimizer=True"],
+    ),
     "backend": ([f"{MEGATRON}.attention_backend=varlen"], ["attention_backend=varlen", "trainer.device=cpu", "auto"]),
 }  # fmt: skip
 

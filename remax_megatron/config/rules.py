@@ -525,6 +525,15 @@ def offload_on_cpu(setup: Setup) -> Iterator[str]:
         yield f"{MEGATRON}.{{{','.join(switched_on)}}}=True has no effect: the run is on the CPU"
 
 
+def offloaded_optimizer_holds_copies(setup: Setup) -> None:
+    megatron = setup.megatron
+    if megatron.optimizer_offload and megatron.dtype == "float32" and not megatron.use_distributed_optimizer:
+        raise ConfigError(
+            f"{MEGATRON}.optimizer_offload=True with dtype=float32 and use_distributed_optimizer=False would move the "
+            "policy's own weights; set use_distributed_optimizer=True, or optimizer_offload=False"
+        )
+
+
 def param_offload_on_gpu(setup: Setup) -> Iterator[str]:
     if setup.megatron.param_offload and not expects_cpu(setup.config):
         yield (
@@ -595,6 +604,7 @@ RULES: tuple[Callable[[Setup], None], ...] = (
     engine_step_holds_every_sequence,
     loggers_are_known,
     backend_exists_on_device,
+    offloaded_optimizer_holds_copies,
     output_folder_is_named,
     validation_has_data,
 )

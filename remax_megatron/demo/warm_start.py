@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from remax_megatron.demo.model_config import MODEL_CONFIG
 from remax_megatron.demo.once import build_once, digest
@@ -169,6 +170,7 @@ def save_policy(folder: Path, seed: int = 0, num_steps: int = NUM_STEPS, progres
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
+    disable_progress_bar()  # one small file
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -3,39 +3,34 @@
 Query, key and value arrive as [T, heads, head_dim] with `PackedSeqParams` (THD). Backends, chosen once per run:
 
     transformer_engine  GPU; Megatron's TEDotProductAttention
-    varlen              GPU without Transformer Engine; torch.nn.attention.varlen (torch >= 2.10)
+    varlen              GPU without Transformer Engine; torch.nn.attention.varlen (torch >= 2.11)
     sdpa                anywhere; scaled-dot-product attention per row, the reference the tests compare with
 """
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
-def choose_backend(requested: str, device: torch.device) -> str:
-    """The backend to use on `device`; ValueError when the requested one cannot run there."""
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None
-    if requested == "auto":
-        if device.type != "cuda":
-            return "sdpa"
-        return "transformer_engine" if has_te else ("varlen" if has_varlen else "sdpa")
-    missing = {
-        "transformer_engine": device.type != "cuda" or not has_te,
-        "varlen": device.type != "cuda" or not has_varlen,
-        "sdpa": False,
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend to use on `device` for `dtype`; ValueError when the requested one cannot run there."""
+    fast = device.type == "cuda" and dtype == torch.bfloat16  # flash kernels take no float32
+    runs = {
+        "transformer_engine": fast and HAVE_TE,
+        "varlen": fast and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "sdpa": True,
     }
-    if requested not in missing:
-        raise ValueError(f"attention_backend={requested!r} is unknown; choose auto or one of {sorted(missing)}")
-    if missing[requested]:
+    if requested == "auto":
+        return next(name for name, can_run in runs.items() if can_run)
+    if not runs[requested]:
         raise ValueError(
-            f"attention_backend={requested} cannot run on {device.type} here; set "
+            f"attention_backend={requested} cannot run here on {device.type} in {dtype}; set "
             "actor_rollout_ref.actor.megatron.attention_backend=auto"
         )
     return requested
@@ -83,13 +78,11 @@ class SdpaPerRow(_PackedAttention):
 
 
 class VarlenAttention(_PackedAttention):
-    """torch's variable-length flash attention; CUDA, bfloat16. torch 2.10 says is_causal, later ones window_size."""
+    """torch's variable-length flash attention; CUDA, bfloat16, torch >= 2.11."""
 
     def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        by_flag = "is_causal" in inspect.signature(varlen_attn).parameters
-        causal = {"is_causal": True} if by_flag else {"window_size": (-1, 0)}
         group = query_TND.shape[1] // key_TKD.shape[1]
         return varlen_attn(
             query_TND.contiguous(),
@@ -100,7 +93,7 @@ class VarlenAttention(_PackedAttention):
             packed.max_seqlen_q,
             packed.max_seqlen_kv,
             scale=self.softmax_scale,
-            **causal,
+            window_size=(-1, 0),  # causal
         )
 
 

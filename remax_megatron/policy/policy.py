@@ -79,13 +79,12 @@ class Policy:
         hf_folder: str,
         temperature: float,
         recompute: bool,
-        total_steps: int = 0,
         log: Callable[[str], None] = lambda line: None,
     ):
         self.facts, self.layout, self.actor = facts, layout, actor
         self.temperature = temperature
         self.dtype = getattr(torch, actor.megatron.dtype)
-        self.attention_backend = choose_backend(actor.megatron.attention_backend, layout.device)
+        self.attention_backend = choose_backend(actor.megatron.attention_backend, layout.device, self.dtype)
         log(f"Attention backend: {self.attention_backend} on {layout.device.type}, {actor.megatron.dtype}")
         config = transformer_config(
             facts,

@@ -68,7 +68,8 @@ class Bridge:
     def sync(self) -> SyncReport:
         """Send the weights, reset the prefix cache, run the canary; CanaryError on every rank when it fails."""
         start = time.perf_counter()
-        self.engine.reload(self._stream, before_kv_cache=self.policy.release_training_memory)
+        self.policy.release_training_memory()
+        self.engine.reload(self._stream)
         self.weight_version += 1
         sent = time.perf_counter()
         mean, maximum = self._canary()

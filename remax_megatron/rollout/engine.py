@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +86,8 @@ class Engine:
                 "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
             }
         else:
+            if dtype == "float32":
+                os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its attention would multiply in TF32
             on_device = {
                 "enforce_eager": config.enforce_eager,
                 "gpu_memory_utilization": config.gpu_memory_utilization,
@@ -107,30 +109,31 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
-            # The head's products in float32, as on the policy's side: bfloat16 logits around 20 are 0.125 apart.
-            hf_overrides={"head_dtype": "float32"},
             **on_device,
         )
+        if dtype != "float32":
+            self._llm.collective_rpc(_compute_logits_in_float32)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def reload(self, weights: Iterable[tuple[str, Tensor]], before_kv_cache: Callable[[], None] = lambda: None) -> None:
+    def reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights by `weights` (Hugging Face names, whole tensors) and forget the prefix cache.
 
-        Every rank of the world calls and drains its iterator. On a GPU the KV cache sleeps while weights move, and
-        `before_kv_cache` may free memory before it is allocated again.
+        Every rank of the world calls and drains its iterator. On a GPU the KV cache sleeps while weights move.
         """
-        if self._asleep:
-            self._llm.wake_up(tags=["weights"])
+        self._wake("weights")
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         if self._repack_head:
             self._llm.collective_rpc(_tie_and_repack_head)
-        before_kv_cache()
-        if self._asleep:
-            self._llm.wake_up(tags=["kv_cache"])
-            self._asleep = False
+        self._wake("kv_cache")
+        self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache: requests are still running")
+
+    def _wake(self, part: str) -> None:
+        if self._asleep:
+            torch.cuda.empty_cache()  # vLLM maps its memory directly and cannot use what torch keeps reserved
+            self._llm.wake_up(tags=[part])
 
     def sleep(self) -> None:
         """Give the GPU's memory back while the policy trains (weights are sent anew). Nothing to do on CPU."""
@@ -230,6 +233,22 @@ class Engine:
 
 def _logprobs(answer) -> list[float]:
     return [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+
+
+def _compute_logits_in_float32(worker) -> None:
+    """Sum the head's bfloat16 products in float32, as the policy does: bfloat16 logits around 20 are 0.125 apart.
+
+    vLLM has a setting of its own for generating models only after 0.24 (`head_dtype`); this can go when the GPU stack
+    is past that.
+    """
+
+    def apply(layer, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert bias is None, "a Qwen2 head has no bias"
+        if layer.weight.is_cuda:
+            return torch.mm(hidden, layer.weight.t(), out_dtype=torch.float32)
+        return torch.nn.functional.linear(hidden.float(), layer.weight.float())
+
+    worker.model_runner.get_model().lm_head.quant_method.apply = apply
 
 
 def _tie_and_repack_head(worker) -> None:
