@@ -47,6 +47,7 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     return {
         "actor/loss": mean("loss"),
         "actor/grad_norm": mean("grad_norm"),
+        "actor/lr": results[-1].learning_rate,
         "actor/entropy": mean("entropy"),
         "actor/clip_share": mean("clip_share"),
         "actor/dual_clip_share": mean("dual_clip_share"),

@@ -89,6 +89,7 @@ def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update()
             "mismatch_mean",
             "mismatch_max",
             "fill",
+            "learning_rate",
         ]
         values = {name: x + i for i, name in enumerate(names)}
         return SimpleNamespace(**values, num_microbatches=num_microbatches)
@@ -96,6 +97,7 @@ def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update()
     assert update_metrics([result(0.0, 3), result(1.0, 4)]) == {
         "actor/loss": 0.5,
         "actor/grad_norm": 1.5,
+        "actor/lr": 10.0,  # the last step's
         "actor/entropy": 2.5,
         "actor/clip_share": 3.5,
         "actor/dual_clip_share": 4.5,

@@ -55,6 +55,7 @@ class UpdateResult:
 
     loss: float
     grad_norm: float
+    learning_rate: float
     entropy: float
     clip_share: float
     dual_clip_share: float
@@ -207,7 +208,7 @@ class Policy:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._set_hyperparameters()
+        learning_rate = self._set_hyperparameters()
         self._run(rows, schedule, loss, forward_only=False)
         with cpu_platform.cuda_type_names():
             _, grad_norm, _ = self.optimizer.step()
@@ -222,6 +223,7 @@ class Policy:
         return UpdateResult(
             loss=mean["loss"],
             grad_norm=float(grad_norm),
+            learning_rate=learning_rate,
             entropy=mean["entropy"],
             clip_share=mean["num_clipped"],
             dual_clip_share=mean["num_dual_clipped"],
@@ -234,14 +236,18 @@ class Policy:
             fill=num_tokens / (num_microbatches * self.layout.dp * self.actor.ppo_max_token_len_per_gpu),
         )
 
-    def _set_hyperparameters(self) -> None:
-        """Linear warm-up over `lr_warmup_steps`, then constant. Weight decay: on matrices, not on norms and biases
-        (Megatron's groups carry that as `wd_mult`, which its own scheduler would apply)."""
+    def _set_hyperparameters(self) -> float:
+        """Set and return the learning rate of this step: linear warm-up over `lr_warmup_steps`, then constant.
+
+        Weight decay acts on matrices, not on norms and biases: Megatron's groups carry that as `wd_mult`, which only
+        its own scheduler would apply.
+        """
         warmup = self.actor.optim.lr_warmup_steps
         factor = min(1.0, (self.num_updates + 1) / warmup) if warmup > 0 else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = self.actor.optim.lr * factor
             group["weight_decay"] = self.actor.optim.weight_decay * group["wd_mult"]
+        return self.actor.optim.lr * factor
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
@@ -335,11 +341,13 @@ class Policy:
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
         )
+        keep_dtype = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}  # of Float16Module
         output = chunk(
             input_ids=batch.tokens_T.unsqueeze(0),
             position_ids=batch.positions_T.unsqueeze(0),
             attention_mask=None,
             packed_seq_params=packed,
+            **keep_dtype,
         )
 
         def loss_func(hidden_T1H: Tensor):
@@ -359,7 +367,7 @@ class Policy:
         hidden_RH = hidden_T1H.squeeze(1).index_select(0, batch.position_R)
         head = _unwrap(chunk).head_weight()
         return head_logprob(
-            hidden_RH.to(head.dtype),
+            hidden_RH,
             head,
             batch.target_R,
             vocab_size=self.facts.vocab_size,
