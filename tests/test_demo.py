@@ -51,7 +51,7 @@ def test_a_problem_by_hand():
 
 
 def test_parquet_has_the_schema_of_gsm8k_files(tmp_path):
-    train_path, test_path = word_problems.write_parquet(tmp_path, num_train=20, num_test=10)
+    train_path, test_path = word_problems.write_files(tmp_path, num_train=20, num_test=10)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.parquet", "train.parquet"]  # nothing left aside
     train, test = pq.read_table(train_path), pq.read_table(test_path)
     assert train.num_rows == 20 and test.num_rows == 10
@@ -72,7 +72,7 @@ def test_parquet_has_the_schema_of_gsm8k_files(tmp_path):
 
 
 def test_same_arguments_same_bytes_other_seed_other_problems(tmp_path):
-    paths = [word_problems.write_parquet(tmp_path / str(i), 50, 50, seed) for i, seed in enumerate((0, 0, 1))]
+    paths = [word_problems.write_files(tmp_path / str(i), 50, 50, seed) for i, seed in enumerate((0, 0, 1))]
     contents = [[path.read_bytes() for path in pair] for pair in paths]
     assert contents[0] == contents[1]
     assert contents[0][0] != contents[2][0] and contents[0][1] != contents[2][1]
@@ -89,7 +89,7 @@ def test_no_question_twice_and_none_in_both_files():
 @pytest.mark.parametrize(("num_train", "num_test"), [(0, 5), (5, -1), (word_problems.MAX_PROBLEMS, 1)])
 def test_impossible_numbers_are_refused(tmp_path, num_train, num_test):
     with pytest.raises(ValueError, match="num_t.*set num_t"):
-        word_problems.write_parquet(tmp_path / "data", num_train, num_test)
+        word_problems.write_files(tmp_path / "data", num_train, num_test)
     assert not (tmp_path / "data").exists()
 
 

@@ -13,7 +13,6 @@ can learn the arithmetic in a minute. They say nothing about how well anything s
 from __future__ import annotations
 
 import argparse
-import os
 import random
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
@@ -21,9 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from remax_megatron.data.schema import make_row, write_parquet
 from remax_megatron.demo.once import build_once, digest
 
 DATA_SOURCE = "word_problems"
@@ -34,21 +31,6 @@ INSTRUCTION = 'Give the final answer after "####".'
 
 NAMES = "Anna Ben Clara David Emma Felix Grace Henry Ida Jonas Lena Max Nora Tom".split()  # noqa: SIM905
 OBJECTS = "apples balls books cards coins cookies eggs flowers marbles pencils shells stamps".split()  # noqa: SIM905
-
-SCHEMA = pa.schema(
-    [
-        ("data_source", pa.string()),
-        ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("ability", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct(
-                [("split", pa.string()), ("index", pa.int64()), ("answer", pa.string()), ("question", pa.string())]
-            ),
-        ),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -211,39 +193,26 @@ def splits(num_train: int = NUM_TRAIN, num_test: int = NUM_TEST, seed: int = 0) 
 
 
 def rows(split: str, split_problems: list[Problem]) -> list[dict[str, Any]]:
-    """The parquet rows of one split, in the order of `SCHEMA`."""
+    """The parquet rows of one split, in order."""
     return [
-        {
-            "data_source": DATA_SOURCE,
-            "prompt": [{"role": "user", "content": problem.prompt}],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": str(problem.result)},
-            "extra_info": {"split": split, "index": i, "answer": problem.answer, "question": problem.question},
-        }
+        make_row(
+            data_source=DATA_SOURCE,
+            prompt=problem.prompt,
+            ground_truth=str(problem.result),
+            extra_info={"split": split, "index": i, "answer": problem.answer, "question": problem.question},
+        )
         for i, problem in enumerate(split_problems)
     ]
 
 
-def write_parquet(
+def write_files(
     local_dir: str | Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST, seed: int = 0
 ) -> tuple[Path, Path]:
     """Writes both files into `local_dir`, each whole or not at all; returns (train path, test path)."""
-    local_dir = Path(local_dir)
-    train, test = splits(num_train, num_test, seed)
-    local_dir.mkdir(parents=True, exist_ok=True)
     paths = []
-    for split, split_problems in (("train", train), ("test", test)):
-        path = local_dir / f"{split}.parquet"
-        aside = local_dir / f".{split}.parquet.{os.getpid()}.tmp"
-        try:
-            with aside.open("wb") as file:
-                pq.write_table(pa.Table.from_pylist(rows(split, split_problems), schema=SCHEMA), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-        paths.append(path)
+    for split, split_problems in zip(("train", "test"), splits(num_train, num_test, seed), strict=True):
+        paths.append(Path(local_dir) / f"{split}.parquet")
+        write_parquet(rows(split, split_problems), paths[-1])
     return paths[0], paths[1]
 
 
@@ -255,7 +224,7 @@ def ensure_data(cache_dir: str | Path) -> tuple[Path, Path]:
     """
     train, test = splits()
     key = digest([rows("train", train), rows("test", test)])
-    folder = build_once(Path(cache_dir) / f"word-problems-data-{key}", write_parquet)
+    folder = build_once(Path(cache_dir) / f"word-problems-data-{key}", write_files)
     return folder / "train.parquet", folder / "test.parquet"
 
 
@@ -267,7 +236,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     try:
-        paths = write_parquet(args.local_dir, args.num_train, args.num_test, args.seed)
+        paths = write_files(args.local_dir, args.num_train, args.num_test, args.seed)
     except ValueError as error:
         parser.error(str(error))
     print(f"{paths[0]}: {args.num_train} problems\n{paths[1]}: {args.num_test} problems")
