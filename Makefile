@@ -69,4 +69,4 @@ test: lint
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
-	find remax_megatron convert tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find remax_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -56,6 +56,7 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
         "batch/num_microbatches": sum(result.num_microbatches for result in results),
         "batch/fill": mean("fill"),
         "rollout/logprob_diff_mean": results[0].mismatch_mean,
+        "rollout/logprob_diff_signed_mean": results[0].mismatch_signed_mean,
         "rollout/logprob_diff_max": results[0].mismatch_max,
     }
 
@@ -73,11 +74,13 @@ def sync_metrics(report: SyncReport) -> dict[str, float]:
     }
 
 
-def throughput_metrics(rollouts: Sequence[Rollout], rows: Sequence[Row], times: dict[str, float]) -> dict[str, float]:
-    """Tokens per second of the whole run: trained ones (prompts included) per second of update, generated ones
-    (greedy answers included) per second of rollout."""
+def throughput_metrics(
+    rollouts: Sequence[Rollout], results: Sequence[UpdateResult], times: dict[str, float]
+) -> dict[str, float]:
+    """Tokens per second of the whole run: trained ones (prompts included, once per pass over them) per second of
+    update, generated ones (greedy answers included) per second of rollout."""
     generated = sum(len(c.token_ids) for r in rollouts for c in (r.greedy, *r.samples))
-    trained = sum(row.num_tokens for row in rows)
+    trained = sum(result.num_tokens for result in results)
     return {
         "throughput/trained_tokens_per_s": trained / max(times.get("time/update_s", 0.0), 1e-9),
         "throughput/generated_tokens_per_s": generated / max(times.get("time/rollout_s", 0.0), 1e-9),

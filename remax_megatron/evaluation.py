@@ -8,15 +8,13 @@ from remax_megatron.rollout.collect import Collector
 from remax_megatron.types import Prompt
 
 
-def validate(
-    collector: Collector, prompts: Sequence[Prompt], *, weight_version: int, batch_size: int | None
-) -> dict[str, float]:
+def validate(collector: Collector, prompts: Sequence[Prompt], *, batch_size: int | None) -> dict[str, float]:
     """{"val/accuracy": mean reward, 0 to 1 for binary rewards, ...}. Collective: every rank, same prompts."""
     batch_size = batch_size or len(prompts)
     completions = []
     with collector.timer.phase("validation"):
         for start in range(0, len(prompts), batch_size):
-            completions += collector.greedy(prompts[start : start + batch_size], weight_version=weight_version)
+            completions += collector.greedy(prompts[start : start + batch_size])
     count = len(completions)
     return {
         "val/accuracy": sum(c.reward for c in completions) / count,

@@ -102,7 +102,8 @@ def console_lines(step: int, metrics: Mapping[str, float]) -> list[str]:
         epoch = f"Epoch {metrics['epoch']:.0f}, " if "epoch" in metrics else ""
         lines.append(f"{epoch}Step {step}: {', '.join(parts)}")
     if "val/accuracy" in metrics:
-        lines.append(f"Validation Accuracy: {metrics['val/accuracy']:.1%}")
+        accuracy = metrics["val/accuracy"]  # a mean reward: a share, unless the reward has another range
+        lines.append(f"Validation Accuracy: {f'{accuracy:.1%}' if 0 <= accuracy <= 1 else f'{accuracy:.3f}'}")
     return lines
 
 

@@ -6,6 +6,8 @@ a user can mend is one `error:` line.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -42,6 +44,7 @@ class Inputs:
 
     hf_folder: str
     tokenizer: object
+    stop_token_ids: list[int]
     train_prompts: PromptDataset
     val_prompts: PromptDataset | None
     scorer: Scorer
@@ -56,12 +59,19 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
     if is_first:
         for note in notes:
             print("note:", note, flush=True)
+    from remax_megatron.rollout.bridge import CanaryError
+
     device = init_distributed(config.trainer.device, config.trainer.collective_timeout_s)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         cpu_platform.remove_dead_shared_memory()
     with ends_all_ranks(cleanup=cpu_platform.remove_own_shared_memory):
+        _check_agreement(config, inputs)
         trainer = _build(config, facts, inputs, device, is_first)
-        trainer.train()
+        try:
+            trainer.train()
+        except CanaryError:
+            _export(trainer, inputs.hf_folder)  # every rank is here, and the policy's own weights are sound
+            raise
         _export(trainer, inputs.hf_folder)
         dist.barrier()
         cpu_platform.remove_own_shared_memory()
@@ -78,7 +88,10 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
     data = config.data
     folder = local_model_folder(config.actor_rollout_ref.model.path)
     check_folder(HfWeights(folder), facts)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # what damaged or missing tokenizer files raise
+        raise ConfigError(f"actor_rollout_ref.model.path={folder}: the tokenizer cannot be read: {error}") from error
     if not tokenizer.chat_template:
         raise ConfigError(
             f"actor_rollout_ref.model.path={folder}: the tokenizer has no chat template; add one to the folder"
@@ -106,7 +119,23 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
     reward = config.custom_reward_function
     if reward.path is None:
         check_data_sources({p.data_source for p in train} | {p.data_source for p in val or ()})
-    return Inputs(folder, tokenizer, train, val, load_scorer(reward.path, reward.name))
+    scorer = load_scorer(reward.path, reward.name)
+    return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val, scorer)
+
+
+def end_token_ids(hf_folder: str, tokenizer) -> list[int]:
+    """The tokens that end an answer: generation_config.json's, and the tokenizer's own end-of-sequence token."""
+    ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    path = Path(hf_folder) / "generation_config.json"
+    if path.exists():
+        declared = json.loads(path.read_text()).get("eos_token_id")
+        ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    if not ids:
+        raise ConfigError(
+            f"actor_rollout_ref.model.path={hf_folder}: neither generation_config.json nor the tokenizer names an "
+            "end-of-sequence token; set eos_token_id in generation_config.json"
+        )
+    return sorted(ids)
 
 
 def local_model_folder(path: str) -> str:
@@ -127,7 +156,13 @@ def local_model_folder(path: str) -> str:
         return str(Path(path).expanduser())
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    try:
+        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    except OSError as error:  # huggingface_hub's offline, connection and HTTP errors are OSErrors
+        raise ConfigError(
+            f"actor_rollout_ref.model.path={path} could not be downloaded ({type(error).__name__}: {error}); connect "
+            "to the hub, or set it to a local folder"
+        ) from error
 
 
 def local_data_files(files) -> list[str]:
@@ -140,6 +175,19 @@ def local_data_files(files) -> list[str]:
         return files
     embedded = dict(zip(EMBEDDED_FILES, map(str, ensure_data(cache_dir())), strict=True))
     return [embedded.get(file, file) for file in files]
+
+
+def _check_agreement(config: Config, inputs: Inputs) -> None:
+    """ConfigError on every rank when ranks would train on other settings or prompts than rank 0. Collective."""
+    prompts = [(p.index, p.token_ids, p.ground_truth) for p in (*inputs.train_prompts, *(inputs.val_prompts or ()))]
+    mine = hashlib.sha256(repr((to_yaml(config), prompts)).encode()).hexdigest()
+    digests: list = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, mine)
+    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise ConfigError(
+            f"ranks {others} read other settings or data than rank 0; start every node with the same command, "
+            "environment and files"
+        )
 
 
 def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, is_first: bool) -> Trainer:
@@ -163,6 +211,7 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         pp=actor.megatron.pipeline_model_parallel_size,
         vpp=actor.megatron.virtual_pipeline_model_parallel_size,
         seed=trainer.seed,
+        timeout_s=trainer.collective_timeout_s,
     )
     say(
         f"{layout.world_size} ranks on {device.type}: TP {layout.tp}, PP {layout.pp}, DP {layout.dp}; "
@@ -189,6 +238,7 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         seed=trainer.seed,
         device=device,
         tied_embeddings=facts.tied_embeddings,
+        stop_token_ids=inputs.stop_token_ids,
     )
     bridge = Bridge(
         policy,
@@ -234,14 +284,17 @@ def _print_line(line: str) -> None:
 
 
 def _start_run_dir(config: Config) -> Path:
-    """Make the run's folder and save the settings; an earlier run's metrics are kept under the next free number."""
+    """Make the run's folder and save the settings; what an earlier run left is moved to previous-N/ in it."""
     run_dir = Path(config.trainer.default_local_dir)
-    metrics = run_dir / "metrics.jsonl"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if metrics.exists():
-            number = next(i for i in range(1, 10**6) if not (run_dir / f"metrics.{i}.jsonl").exists())
-            os.replace(metrics, run_dir / f"metrics.{number}.jsonl")
+        if (run_dir / "metrics.jsonl").exists():
+            number = next(i for i in range(1, 10**6) if not (run_dir / f"previous-{i}").exists())
+            aside = run_dir / f"previous-{number}"
+            aside.mkdir()
+            for name in ("metrics.jsonl", "config.yaml", "curves.png", "hf"):
+                if (run_dir / name).exists():
+                    os.replace(run_dir / name, aside / name)
         with replacing(run_dir / "config.yaml") as path:
             path.write_text(to_yaml(config))
     except OSError as error:

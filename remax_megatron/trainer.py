@@ -1,6 +1,6 @@
 """The training loop: ReMax (arXiv 2310.10505) as in the paper, and nothing else.
 
-Every rank runs it with the same arguments. Building the parts is setup.py; starting and ending a run is __main__.py.
+Every rank runs it with the same arguments. Building the parts, starting and ending a run is run.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Trainer:
         self._log(0, {"epoch": 0, **sync_metrics(sync), **self._validate(due=self.config.trainer.val_before_train)})
         for step, epoch, prompts in self._steps():
             with self.timer.phase("step"):
-                rollouts = self.collector.rollouts(prompts, step=step, weight_version=sync.weight_version)
+                rollouts = self.collector.rollouts(prompts, step=step)
                 rows = training_rows(rollouts)
                 with self.timer.phase("update"):
                     updates = [self._update(rows, epoch, step) for rows in self._mini_batches(rows)]
@@ -53,7 +53,7 @@ class Trainer:
                     sync = self.bridge.sync()
             times = self.timer.pop()
             metrics = {"epoch": epoch, **rollout_metrics(rollouts, rows), **update_metrics(updates)}
-            metrics |= sync_metrics(sync) | times | throughput_metrics(rollouts, rows, times)
+            metrics |= sync_metrics(sync) | times | throughput_metrics(rollouts, updates, times)
             metrics |= self._validate(due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
             self._dump(step, rollouts)
             self._log(step, metrics)
@@ -117,8 +117,7 @@ class Trainer:
         if not due or self.val_prompts is None:
             return {}
         prompts: Sequence[Prompt] = self.val_prompts
-        version, batch_size = self.bridge.weight_version, self.config.data.val_batch_size
-        return validate(self.collector, prompts, weight_version=version, batch_size=batch_size) | self.timer.pop()
+        return validate(self.collector, prompts, batch_size=self.config.data.val_batch_size) | self.timer.pop()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.writer is not None:

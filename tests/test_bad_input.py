@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ def run(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess:
     """The real entry as one rank; the model path is given by each case."""
     command = [sys.executable, "-m", "remax_megatron", "trainer.n_gpus_per_node=1"]
     command += [f"{MEGATRON}.tensor_model_parallel_size=1", f"trainer.default_local_dir={tmp_path}/run", *overrides]
-    environment = os.environ | {"REMAX_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    ranks = next((o.split("=")[1] for o in reversed(overrides) if o.startswith("trainer.n_gpus_per_node")), "1")
+    environment = os.environ | {"WORLD_SIZE": ranks, "REMAX_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -41,6 +43,12 @@ def truncated(folder: Path) -> str:
     return str(whole)
 
 
+def damaged_tokenizer(policy: str, folder: Path) -> str:
+    shutil.copytree(policy, folder / "model")
+    (folder / "model" / "tokenizer.json").write_text("{")
+    return str(folder / "model")
+
+
 def other_model(folder: Path) -> str:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     return str(folder)
@@ -49,8 +57,8 @@ def other_model(folder: Path) -> str:
 CASES = {
     "unknown key": (lambda p, f: ["actor_rollout_ref.actor.optim.learning_rate=1"], ["learning_rate", "optim.lr"]),
     "tp does not divide the heads": (
-        lambda p, f: [f"{MEGATRON}.tensor_model_parallel_size=3", "trainer.n_gpus_per_node=1"],
-        ["tensor_model_parallel_size=3"],
+        lambda p, f: [f"{MEGATRON}.tensor_model_parallel_size=3", "trainer.n_gpus_per_node=3"],
+        ["tensor_model_parallel_size=3", "4 attention heads", "one of 1, 2, 4"],
     ),
     "missing model folder": (lambda p, f: [f"actor_rollout_ref.model.path={f}/nowhere"], ["nowhere", "no such folder"]),
     "not a Qwen2 folder": (lambda p, f: [f"actor_rollout_ref.model.path={other_model(f)}"], ["llama", "Qwen2"]),
@@ -69,6 +77,10 @@ CASES = {
     "zero usable prompts": (
         lambda p, f: [f"actor_rollout_ref.model.path={p}", f"data.train_files={overlong(f)}"],
         ["max_prompt_length"],
+    ),
+    "damaged tokenizer": (
+        lambda p, f: [f"actor_rollout_ref.model.path={damaged_tokenizer(p, f)}"],
+        ["tokenizer cannot be read"],
     ),
     "sampling that is not the policy": (lambda p, f: ["actor_rollout_ref.rollout.top_p=0.9"], ["top_p=0.9"]),
     "batch larger than the data": (

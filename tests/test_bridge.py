@@ -50,6 +50,7 @@ def build(folder: str, device, *, tp=1, pp=1, vllm_tp=1, temperature=0.8, bucket
         seed=3,
         device=device,
         tied_embeddings=facts.tied_embeddings,
+        stop_token_ids=[END],
     )
     prompts = [Prompt(i, tuple((7 * i + 3 * j) % 200 + 2 for j in range(40)), "x", "y") for i in range(PROMPTS)]
     bridge = Bridge(policy, engine, prompts, dtype="float32", bucket_bytes=bucket_bytes, threshold=None)
@@ -62,7 +63,7 @@ def train(policy, engine, bridge, prompts, step: int) -> None:
 
     rows = [
         Row(r.prompt.token_ids, s.token_ids, [1.0 - 2.0 * i] * len(s.token_ids), s.logprobs)
-        for r in engine.rollout(prompts, step=step, weight_version=bridge.weight_version)
+        for r in engine.rollout(prompts, step=step)
         for i, s in enumerate(r.samples)
     ]
     policy.update(rows)
@@ -137,7 +138,7 @@ def reshard_worker(payload):
     policy, engine, bridge, prompts = build(folder, init_distributed("cpu", 120), **layout)
     reports = [bridge.sync()]
     streamed = {name: tensor.clone() for name, tensor in policy.weight_stream(torch.float32, 3000)}
-    rollouts = engine.rollout(prompts, step=5, weight_version=bridge.weight_version)
+    rollouts = engine.rollout(prompts, step=5)
     train(policy, engine, bridge, prompts, 0)
     reports.append(bridge.sync())
     tokens = [[r.greedy.token_ids, *[s.token_ids for s in r.samples]] for r in rollouts]

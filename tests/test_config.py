@@ -395,6 +395,10 @@ BROKEN = {
         [f"{ACTOR}.ppo_max_token_len_per_gpu=4095", f"{MEGATRON}.sequence_parallel=True"],
         ["=4095", "multiple", "tensor_model_parallel_size=2", "4096"],
     ),
+    "engine step on a CPU": (
+        [f"{ROLLOUT}.max_num_batched_tokens=70", f"{ROLLOUT}.max_num_seqs=8"],
+        ["max_num_batched_tokens=70", "80"],
+    ),
     "engine step": (
         [f"{ROLLOUT}.max_num_batched_tokens=64", f"{ROLLOUT}.max_num_seqs=128"],
         ["max_num_batched_tokens=64", "max_num_seqs=128", "at least 128"],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from remax_megatron.config.load import load_config
 from remax_megatron.metrics import read_metrics
@@ -107,6 +109,35 @@ def test_every_layout_trains(torchrun, demo_policy, tmp_path, ranks, tp, pp, vll
     finished = torchrun(ranks, overrides(demo_policy, tmp_path / "run", tp, pp, vllm_tp))
     assert finished.code == 0, finished.output
     check_metrics(tmp_path / "run")
+
+
+def test_mini_batches_and_epochs_are_optimizer_steps_on_kept_logprobs(torchrun, demo_policy, tmp_path):
+    actor = "actor_rollout_ref.actor"
+    extra = [f"{actor}.ppo_mini_batch_size=4", f"{actor}.ppo_epochs=2", f"{actor}.optim.lr=1e-3"]
+    finished = torchrun(2, [*overrides(demo_policy, tmp_path / "run", 2, 1, 1), *extra])
+    assert finished.code == 0, finished.output
+    check_metrics(tmp_path / "run")
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]:
+        assert record["actor/num_updates"] == 4  # 8 prompts / 4, twice
+        assert record["actor/approx_kl"] != 0.0  # three of the four ratios are not 1
+
+
+def test_bfloat16_trains_with_a_tied_model_over_two_stages(torchrun, demo_policy, tmp_path):
+    folder = tmp_path / "tied"
+    shutil.copytree(demo_policy, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    bfloat16 = "actor_rollout_ref.actor.megatron.dtype=bfloat16"
+    finished = torchrun(2, [*overrides(str(folder), tmp_path / "run", 1, 2, 1), bfloat16])
+    assert finished.code == 0, finished.output
+    for record in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert record["sync/canary_mean_abs_diff"] <= 2e-2
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run" / "hf" / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
 
 
 def test_run_leaves_metrics_config_curves_and_a_model(first_run):

@@ -86,7 +86,8 @@ def logits_of(policy, rows: list[Row]) -> list[torch.Tensor] | None:
 
 
 def worker(payload):
-    """Every layout of one world size on every model: (largest logit difference, loss, gradient norm, digests)."""
+    """Every layout of one world size on every model: (largest logit difference, loss, gradient norm, weights
+    after the step)."""
     from megatron.core import parallel_state as mpu
 
     from remax_megatron.parallel.layout import init_distributed
@@ -99,7 +100,8 @@ def worker(payload):
             logits = logits_of(policy, payload["rows"])
             largest = max((a - b).abs().max().item() for a, b in zip(logits, reference, strict=True))
             update = policy.update(payload["rows"])
-            results.append((folder, layout, largest, update.loss, update.grad_norm))
+            weights = {name: tensor.clone() for name, tensor in policy.weight_stream(torch.float32, 2**20)}
+            results.append((folder, layout, largest, update.loss, update.grad_norm, weights))
             mpu.destroy_model_parallel()
     return results
 
@@ -130,11 +132,13 @@ def single(models):
 def test_logits_loss_and_gradient_are_those_of_transformers_and_of_one_rank(models, single, world):
     payload = {"models": models, "layouts": LAYOUTS[world], "rows": make_rows()}
     results = single if world == 1 else run_ranks("tests.test_policy_parity:worker", world, payload)[0]
-    one_rank = {folder: (loss, norm) for folder, _, _, loss, norm in single}
-    for folder, layout, largest, loss, norm in results:
+    one_rank = {folder: (loss, norm, weights) for folder, _, _, loss, norm, weights in single}
+    for folder, layout, largest, loss, norm, weights in results:
         assert largest <= 1e-4, (Path(folder).name, layout)
         assert loss == pytest.approx(one_rank[folder][0], rel=1e-5), (Path(folder).name, layout)
         assert norm == pytest.approx(one_rank[folder][1], rel=1e-5), (Path(folder).name, layout)
+        for name, tensor in one_rank[folder][2].items():
+            assert (weights[name] - tensor).abs().max() <= 1e-6, (Path(folder).name, layout, name)
 
 
 def packing_worker(payload):
@@ -161,11 +165,33 @@ def test_packing_and_recomputation_change_nothing(models, single):
     ]
     payload = {"folder": models[0][0], "settings": settings, "rows": make_rows()}
     results = run_ranks("tests.test_policy_parity:packing_worker", 1, payload)[0]
-    _, _, _, loss, norm = single[0]
+    _, _, _, loss, norm, _ = single[0]
     assert [count for _, count, _, _ in results[:2]] == [12, 1]
     for setting, _, one_loss, one_norm in results:
         assert one_loss == pytest.approx(loss, rel=1e-5), setting
         assert one_norm == pytest.approx(norm, rel=1e-5), setting
+
+
+def not_finite_worker(folder: str):
+    """A NaN advantage: what the update says, and whether the weights are as before."""
+    from remax_megatron.parallel.layout import init_distributed
+
+    policy = build_policy(folder, (1, 1, None, False), init_distributed("cpu", 120))
+    before = {name: tensor.clone() for name, tensor in policy.weight_stream(torch.float32, 2**20)}
+    rows = make_rows()
+    rows[3].advantages[0] = float("nan")
+    try:
+        policy.update(rows)
+    except FloatingPointError as error:
+        after = dict(policy.weight_stream(torch.float32, 2**20))
+        return str(error), all(torch.equal(before[name], after[name]) for name in before)
+    return "no error", False
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(models):
+    said, untouched = run_ranks("tests.test_policy_parity:not_finite_worker", 1, models[0][0])[0]
+    assert "loss nan, gradient norm nan; the weights were not changed" in said
+    assert untouched
 
 
 # -- one step against a hand-written reference ------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_rollout_metrics_by_hand() -> None:
 
 def test_throughput_by_hand() -> None:
     times = {"time/update_s": 2.0, "time/rollout_s": 4.0}
-    assert throughput_metrics(ROLLOUTS, ROWS, times) == {
+    assert throughput_metrics(ROLLOUTS, [SimpleNamespace(num_tokens=30)], times) == {
         "throughput/trained_tokens_per_s": 15.0,  # 30 / 2
         "throughput/generated_tokens_per_s": 7.0,  # (20 sampled + 8 greedy) / 4
     }
@@ -90,6 +90,7 @@ def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update()
             "mismatch_max",
             "fill",
             "learning_rate",
+            "mismatch_signed_mean",
         ]
         values = {name: x + i for i, name in enumerate(names)}
         return SimpleNamespace(**values, num_microbatches=num_microbatches)
@@ -106,6 +107,7 @@ def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update()
         "batch/num_microbatches": 7,
         "batch/fill": 8.5,
         "rollout/logprob_diff_mean": 6.0,
+        "rollout/logprob_diff_signed_mean": 10.0,
         "rollout/logprob_diff_max": 7.0,
     }
 

@@ -21,8 +21,8 @@ class PackedBatch:
     """One micro-batch. `position_R[i]` is the packed position whose hidden state predicts `target_R[i]`.
 
     tokens_T, positions_T  [T] int64         cu_seqlens [num_rows + padding row + 1] int32
-    target_R, row_R        [R] int64         advantage_R, rollout_logprob_R, old_logprob_R [R] float32
-    `old_logprob_R` is None when every ratio is exactly 1. `row_R` numbers rows as the caller does (`rows`).
+    target_R               [R] int64         advantage_R, rollout_logprob_R, old_logprob_R [R] float32
+    `old_logprob_R` is None when every ratio is exactly 1; `rows` numbers the rows as the caller does.
     """
 
     rows: list[int]

@@ -8,7 +8,7 @@ Invariants of a `Schedule`, each asserted by tests/test_schedule.py:
     3. all data-parallel ranks have the same number of micro-batches, at least one;
     4. that number is a multiple of `multiple_of` (the pipeline size under a virtual pipeline);
     5. the result depends on the arguments only.
-A micro-batch may be empty when there are fewer rows than micro-batches; the packer fills it with one padding token.
+A micro-batch may be empty when there are fewer rows than micro-batches; the packer fills it with padding.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 checks settings without starting anything (on a login node, say): it assumes as many ranks as the settings ask for.
 The trainer's own entry, `python -m remax_megatron`, takes the same arguments and calls `parse`, then
-`load_and_validate` inside `reported_errors`.
+`load_and_validate`.
 """
 
 from __future__ import annotations

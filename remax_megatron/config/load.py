@@ -281,7 +281,8 @@ def _map_alias(config: Config, alias: str, key: str, set_by_user: set[str]) -> s
         return None
     if {alias, key} <= set_by_user and value_of(config, key) != value:
         raise ConfigError(f"{alias}={value} stands for {key}, which is set to {value_of(config, key)}; set only {key}")
-    _set(config, key, value)
+    if key not in set_by_user or alias in set_by_user:  # the user's own key beats a preset's alias
+        _set(config, key, value)
     _set(config, alias, None)
     return f"{alias}={value} is read as {key}={value}"
 

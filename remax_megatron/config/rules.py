@@ -7,6 +7,7 @@ legal setting that has no effect here. `validate` runs all of them in the order 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -364,13 +365,18 @@ def budget_is_cut_evenly(setup: Setup) -> None:
         )
 
 
-def engine_step_holds_every_sequence(setup: Setup) -> None:
-    """vLLM's own limit, named before the engine starts."""
+def engine_step_is_large_enough(setup: Setup) -> None:
+    """vLLM's own limits, named before the engine starts; on a CPU prompts are not read in chunks."""
     tokens, seqs = setup.rollout.max_num_batched_tokens, setup.rollout.max_num_seqs
     if tokens < seqs:
         raise ConfigError(
             f"{ROLLOUT}.max_num_batched_tokens={tokens} is below {ROLLOUT}.max_num_seqs={seqs};"
             f" set max_num_batched_tokens to at least {seqs}"
+        )
+    if expects_cpu(setup.config) and tokens < setup.longest_sequence:
+        raise ConfigError(
+            f"{ROLLOUT}.max_num_batched_tokens={tokens} is below data.max_prompt_length + data.max_response_length ="
+            f" {setup.longest_sequence}, which one step of the engine holds on a CPU; set it to at least that"
         )
 
 
@@ -381,6 +387,8 @@ def loggers_are_known(setup: Setup) -> None:
     for name in as_list(setup.config.trainer.logger):
         if name not in LOGGERS:
             raise ConfigError(f"trainer.logger names {name!r}; set it to a list of {', '.join(LOGGERS)}")
+        if name != "console" and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"trainer.logger names {name!r}, which is not installed: pip install {name}")
 
 
 def validate_files(config: Config) -> None:
@@ -547,6 +555,29 @@ def reference_offload(setup: Setup) -> Iterator[str]:
         yield "actor_rollout_ref.ref.megatron.param_offload=True has no effect: no reference policy is built"
 
 
+def kl_numbers_without_kl(setup: Setup) -> Iterator[str]:
+    """KL is refused for now, so its numbers wait for it."""
+    default = Config()
+    for key in (
+        "algorithm.kl_penalty",
+        *(f"algorithm.kl_ctrl.{name}" for name in ("type", "kl_coef", "horizon", "target_kl")),
+        f"{ACTOR}.kl_loss_coef",
+        f"{ACTOR}.kl_loss_type",
+    ):
+        value = value_of(setup.config, key)
+        if value != value_of(default, key):
+            yield f"{key}={value} has no effect: no KL term is on"
+
+
+def settings_of_the_other_device(setup: Setup) -> Iterator[str]:
+    default = Config()
+    on_cpu = expects_cpu(setup.config)
+    for name in ("gpu_memory_utilization", "enforce_eager") if on_cpu else ("kv_cache_gib",):
+        key = f"{ROLLOUT}.{name}"
+        if value_of(setup.config, key) != value_of(default, key):
+            yield f"{key}={value_of(setup.config, key)} has no effect: the run is on the {'CPU' if on_cpu else 'GPU'}"
+
+
 def critic_warmup(setup: Setup) -> Iterator[str]:
     if setup.config.trainer.critic_warmup:
         yield f"trainer.critic_warmup={setup.config.trainer.critic_warmup} has no effect: ReMax has no critic"
@@ -601,7 +632,7 @@ RULES: tuple[Callable[[Setup], None], ...] = (
     fixed_micro_batches_have_a_size,
     budget_holds_longest_sequence,
     budget_is_cut_evenly,
-    engine_step_holds_every_sequence,
+    engine_step_is_large_enough,
     loggers_are_known,
     backend_exists_on_device,
     offloaded_optimizer_holds_copies,
@@ -620,6 +651,8 @@ REMARKS: tuple[Callable[[Setup], Iterator[str]], ...] = (
     offload_on_cpu,
     param_offload_on_gpu,
     reference_offload,
+    kl_numbers_without_kl,
+    settings_of_the_other_device,
     critic_warmup,
     unused_micro_batch_size,
     no_validation_data,

@@ -17,9 +17,11 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from remax_megatron.errors import UserError
+
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend to use on `device` for `dtype`; ValueError when the requested one cannot run there."""
+    """The backend to use on `device` for `dtype`; UserError when the requested one cannot run there."""
     fast = device.type == "cuda" and dtype == torch.bfloat16  # flash kernels take no float32
     runs = {
         "transformer_engine": fast and HAVE_TE,
@@ -29,7 +31,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if requested == "auto":
         return next(name for name, can_run in runs.items() if can_run)
     if not runs[requested]:
-        raise ValueError(
+        raise UserError(
             f"attention_backend={requested} cannot run here on {device.type} in {dtype}; set "
             "actor_rollout_ref.actor.megatron.attention_backend=auto"
         )

@@ -80,7 +80,7 @@ def transformer_config(
         sequence_parallel=sequence_parallel and layout.tp > 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # no experts here, but the default refuses variable lengths
-        calculate_per_token_loss=True,  # the loss arrives divided by its global token count; see policy.loss_scale
+        calculate_per_token_loss=True,  # the loss arrives divided by its global count: algorithm.losses.LossScale
         perform_initialization=False,
         attention_softmax_in_fp32=True,
         gradient_accumulation_fusion=False,

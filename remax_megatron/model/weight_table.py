@@ -1,7 +1,7 @@
 """The one weight table: every Qwen2 tensor under its Hugging Face names and its Megatron name, and how it is cut.
 
 Pure: tensors in, tensors out; no groups, no Megatron import. The policy's loading, the weight sync into the rollout
-engine and the checkpoint converters all go through it.
+engine and the export all go through it.
 
 Megatron's side of the table (megatron-core 0.16.1, `get_gpt_layer_local_spec`):
     linear_qkv   query heads of a group, then its key head, then its value head, group after group; cut by rows over

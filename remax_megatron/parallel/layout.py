@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ def _alone() -> dict[str, str]:
     return one_rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def init_model_parallel(device: torch.device, *, tp: int, pp: int, vpp: int | None, seed: int) -> Layout:
+def init_model_parallel(
+    device: torch.device, *, tp: int, pp: int, vpp: int | None, seed: int, timeout_s: int = 1800
+) -> Layout:
     """Create Megatron's groups (every rank calls, same arguments) and seed its RNG tracker."""
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel
@@ -81,6 +84,7 @@ def init_model_parallel(device: torch.device, *, tp: int, pp: int, vpp: int | No
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Layout(

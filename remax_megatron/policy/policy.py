@@ -51,7 +51,7 @@ _SUMS = (
 @dataclass(frozen=True)
 class UpdateResult:
     """One optimizer step. Means are per response token of the update; `mismatch_*` compare the engine's logprobs
-    with the policy's before the step (nats); `fill` is tokens / (micro-batches x budget), 0 to 1."""
+    with the policy's before the step (nats); `fill` is tokens / what the micro-batches could hold, 0 to 1."""
 
     loss: float
     grad_norm: float
@@ -61,6 +61,7 @@ class UpdateResult:
     dual_clip_share: float
     approx_kl: float
     mismatch_mean: float
+    mismatch_signed_mean: float  # engine minus policy
     mismatch_max: float
     num_tokens: int
     num_response_tokens: int
@@ -210,31 +211,51 @@ class Policy:
         self.optimizer.zero_grad()
         learning_rate = self._set_hyperparameters()
         self._run(rows, schedule, loss, forward_only=False)
-        with cpu_platform.cuda_type_names():
-            _, grad_norm, _ = self.optimizer.step()
-        self.num_updates += 1
-
         maximum = sums[-1:].clone()
         dist.all_reduce(sums)
         dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+        grad_norm = self._step(loss=sums[0].item() / scale.num_tokens)
         mean = dict(zip(_SUMS, (sums / scale.num_tokens).tolist(), strict=True))
         num_tokens = sum(row.num_tokens for row in rows)
         num_microbatches = len(schedule[0])
         return UpdateResult(
             loss=mean["loss"],
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
             entropy=mean["entropy"],
             clip_share=mean["num_clipped"],
             dual_clip_share=mean["num_dual_clipped"],
             approx_kl=mean["old_minus_new"],
             mismatch_mean=mean["mismatch_abs"],
+            mismatch_signed_mean=mean["mismatch_rollout_minus_policy"],
             mismatch_max=maximum.item(),
             num_tokens=num_tokens,
             num_response_tokens=scale.num_tokens,
             num_microbatches=num_microbatches,
-            fill=num_tokens / (num_microbatches * self.layout.dp * self.actor.ppo_max_token_len_per_gpu),
+            fill=num_tokens / (num_microbatches * self.layout.dp * self._microbatch_capacity(rows)),
         )
+
+    def _step(self, loss: float) -> float:
+        """The optimizer step; returns the gradient norm. FloatingPointError, on every rank alike and with the weights
+        untouched, when the loss or the gradient is not finite."""
+        with cpu_platform.cuda_type_names():
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise FloatingPointError(
+                    f"update {self.num_updates + 1}: loss {loss}, gradient norm {grad_norm}; "
+                    "the weights were not changed"
+                )
+            self.optimizer.step()
+        self.num_updates += 1
+        return grad_norm
+
+    def _microbatch_capacity(self, rows: Sequence[Row]) -> int:
+        """Tokens that a micro-batch could hold: the budget, or with fixed rows that many of the longest one."""
+        if self.actor.use_dynamic_bsz:
+            return self.actor.ppo_max_token_len_per_gpu
+        assert self.actor.ppo_micro_batch_size_per_gpu is not None
+        return self.actor.ppo_micro_batch_size_per_gpu * max(row.num_tokens for row in rows)
 
     def _set_hyperparameters(self) -> float:
         """Set and return the learning rate of this step: linear warm-up over `lr_warmup_steps`, then constant.

@@ -59,9 +59,10 @@ class Bridge:
         threshold: float | None,
     ):
         self.policy, self.engine = policy, engine
-        self.weight_version = -1
-        self._by_mean = dtype != "float32"
-        self._threshold = THRESHOLD[dtype] if threshold is None else threshold
+        # Either side's bfloat16 decides: rounding is what the limit has to leave room for.
+        rounding = "float32" if dtype == "float32" and policy.dtype == torch.float32 else "bfloat16"
+        self._by_mean = rounding == "bfloat16"
+        self._threshold = THRESHOLD[rounding] if threshold is None else threshold
         self._stream = policy.weight_stream(getattr(torch, dtype), bucket_bytes)
         self._canaries = [ScoringRequest(prompt.token_ids, NUM_GENERATED) for prompt in canary_prompts[:NUM_CANARIES]]
 
@@ -70,11 +71,12 @@ class Bridge:
         start = time.perf_counter()
         self.policy.release_training_memory()
         self.engine.reload(self._stream)
-        self.weight_version += 1
+        if self.policy.layout.device.type == "cuda":
+            torch.cuda.synchronize()
         sent = time.perf_counter()
         mean, maximum = self._canary()
         return SyncReport(
-            weight_version=self.weight_version,
+            weight_version=self.engine.weight_version,
             seconds=sent - start,
             num_bytes=self._stream.num_bytes,
             canary_seconds=time.perf_counter() - sent,
@@ -106,9 +108,9 @@ class Bridge:
         if not measured <= self._threshold:
             _, _, position, token, policy_value, engine_value = worst
             raise CanaryError(
-                f"weight sync {self.weight_version}: the rollout engine does not compute with the policy's weights. "
-                f"{'Mean' if self._by_mean else 'Largest'} log-probability difference {measured:.3g} over the canary, "
-                f"limit {self._threshold:g} (actor_rollout_ref.rollout.canary_threshold); worst at scored position "
+                f"weight sync {self.engine.weight_version}: the rollout engine does not compute with the policy's "
+                f"weights. {'Mean' if self._by_mean else 'Largest'} log-probability difference {measured:.3g} over the "
+                f"canary, limit {self._threshold:g} (actor_rollout_ref.rollout.canary_threshold); worst at scored position "
                 f"{position}, token {token} {self.engine.tokenizer.decode([token])!r}: "
                 f"policy {policy_value:.6f}, engine {engine_value:.6f}"
             )

@@ -21,15 +21,16 @@ class Collector:
     def __init__(self, engine: Engine, scorer: Scorer, timer: PhaseTimer):
         self.engine, self.scorer, self.timer = engine, scorer, timer
 
-    def rollouts(self, prompts: Sequence[Prompt], *, step: int, weight_version: int) -> list[Rollout]:
+    def rollouts(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
         """n sampled answers and the greedy one per prompt, scored, in the order of `prompts`, on every rank.
 
         The engine gives its GPU memory back afterwards; the next weight sync wakes it.
         """
         mine = _share(prompts, self.engine.replica, self.engine.num_replicas)
         with self.timer.phase("rollout"):
-            rollouts = self.engine.rollout(mine, step=step, weight_version=weight_version)
+            rollouts = self.engine.rollout(mine, step=step)
             self.engine.sleep()
+            dist.barrier()  # the phase is as long as the slowest replica's
         with self.timer.phase("reward"):
             if self.engine.leads_replica:
                 for rollout in rollouts:
@@ -37,10 +38,10 @@ class Collector:
                         completion.reward = self._score(rollout.prompt, completion)
             return self._gather(rollouts)
 
-    def greedy(self, prompts: Sequence[Prompt], *, weight_version: int) -> list[Completion]:
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """The scored greedy answer of each prompt, in order, on every rank."""
         mine = _share(prompts, self.engine.replica, self.engine.num_replicas)
-        completions = self.engine.greedy(mine, weight_version=weight_version)
+        completions = self.engine.greedy(mine)
         if self.engine.leads_replica:
             for prompt, completion in zip(mine, completions, strict=True):
                 completion.reward = self._score(prompt, completion)

@@ -7,11 +7,9 @@ of the prompts. The contract for log-probabilities: they are those of the full s
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,20 +29,6 @@ class ScoringRequest:
     num_generated: int
 
 
-def end_token_ids(hf_folder: str, tokenizer) -> list[int]:
-    """The tokens that end an answer: generation_config.json's, and the tokenizer's own end-of-sequence token."""
-    ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    path = Path(hf_folder) / "generation_config.json"
-    if path.exists():
-        declared = json.loads(path.read_text()).get("eos_token_id")
-        ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    if not ids:
-        raise ValueError(
-            f"{hf_folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token"
-        )
-    return sorted(ids)
-
-
 class Engine:
     """One vLLM engine per rank; ranks of a replica answer the same prompts together and get the same tokens."""
 
@@ -60,6 +44,7 @@ class Engine:
         seed: int,
         device: torch.device,
         tied_embeddings: bool,
+        stop_token_ids: list[int],
     ):
         """Collective: every rank of the world calls with the same arguments, after torch.distributed is up."""
         self.tokenizer, self.config, self.seed = tokenizer, config, seed
@@ -68,7 +53,8 @@ class Engine:
         self.replica = dist.get_rank() // config.tensor_model_parallel_size
         self.num_replicas = dist.get_world_size() // config.tensor_model_parallel_size
         self.leads_replica = dist.get_rank() % config.tensor_model_parallel_size == 0
-        self._stop = end_token_ids(hf_folder, tokenizer)
+        self._stop = stop_token_ids
+        self.weight_version = -1  # counts reloads: every answer carries the number of the weights that wrote it
         self._asleep = False
         self._repack_head = device.type == "cpu" and tied_embeddings
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -127,6 +113,7 @@ class Engine:
             self._llm.collective_rpc(_tie_and_repack_head)
         self._wake("kv_cache")
         self._asleep = False
+        self.weight_version += 1
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache: requests are still running")
 
@@ -149,7 +136,7 @@ class Engine:
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    def rollout(self, prompts: Sequence[Prompt], *, step: int, weight_version: int) -> list[Rollout]:
+    def rollout(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
         """n sampled answers and one greedy answer for each of this replica's `prompts`; rewards not yet set.
 
         The seed of a sample derives from (seed, step, prompt, sample). All ranks of the replica call.
@@ -160,16 +147,16 @@ class Engine:
             requests += [prompt.token_ids] * (n + 1)
             parameters.append(self._greedy())
             parameters += [self._sampled(derive_seed(self.seed, step, prompt.index, i)) for i in range(n)]
-        completions = self._generate(requests, parameters, weight_version)
+        completions = self._generate(requests, parameters)
         grouped = [completions[i : i + n + 1] for i in range(0, len(completions), n + 1)]
         return [
             Rollout(prompt=prompt, samples=group[1:], greedy=group[0])
             for prompt, group in zip(prompts, grouped, strict=True)
         ]
 
-    def greedy(self, prompts: Sequence[Prompt], *, weight_version: int) -> list[Completion]:
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """The greedy answer of each prompt (validation)."""
-        return self._generate([p.token_ids for p in prompts], [self._greedy()] * len(prompts), weight_version)
+        return self._generate([p.token_ids for p in prompts], [self._greedy()] * len(prompts))
 
     def score(self, requests: Sequence[ScoringRequest]) -> list[tuple[list[float], list[int], list[float]]]:
         """Per request: logprobs of token_ids[1:], then the continuation's tokens and their logprobs; temperature 1.
@@ -210,7 +197,7 @@ class Engine:
             **sampling,
         )
 
-    def _generate(self, requests, parameters, weight_version: int) -> list[Completion]:
+    def _generate(self, requests, parameters) -> list[Completion]:
         answers = [output.outputs[0] for output in self._run(requests, parameters)]
         texts = self.tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
         return [
@@ -218,7 +205,7 @@ class Engine:
                 token_ids=list(answer.token_ids),
                 logprobs=_logprobs(answer),
                 finished=answer.finish_reason == "stop",
-                weight_version=weight_version,
+                weight_version=self.weight_version,
                 text=text,
             )
             for answer, text in zip(answers, texts, strict=True)
