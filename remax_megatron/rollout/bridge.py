@@ -110,8 +110,8 @@ class Bridge:
             raise CanaryError(
                 f"weight sync {self.engine.weight_version}: the rollout engine does not compute with the policy's "
                 f"weights. {'Mean' if self._by_mean else 'Largest'} log-probability difference {measured:.3g} over the "
-                f"canary, limit {self._threshold:g} (actor_rollout_ref.rollout.canary_threshold); worst at scored position "
-                f"{position}, token {token} {self.engine.tokenizer.decode([token])!r}: "
+                f"canary, limit {self._threshold:g} (actor_rollout_ref.rollout.canary_threshold); "
+                f"worst at scored position {position}, token {token} {self.engine.tokenizer.decode([token])!r}: "
                 f"policy {policy_value:.6f}, engine {engine_value:.6f}"
             )
         return mean, worst[0]
