@@ -73,7 +73,6 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
             _export(trainer, inputs.hf_folder)  # every rank is here, and the policy's own weights are sound
             raise
         _export(trainer, inputs.hf_folder)
-        dist.barrier()
         cpu_platform.remove_own_shared_memory()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -273,6 +272,7 @@ def _export(trainer: Trainer, hf_folder: str) -> None:
         plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
         writer.say(f"Curves: {run_dir / 'curves.png'}")
         writer.close()
+    dist.barrier()  # the first rank to leave makes the launcher end the others
 
 
 def _print_line(line: str) -> None:
