@@ -269,9 +269,10 @@ def _export(trainer: Trainer, hf_folder: str) -> None:
     if writer is not None:
         from remax_megatron.plots import plot_curves
 
-        plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-        writer.say(f"Curves: {run_dir / 'curves.png'}")
         writer.close()
+        if writer.path.stat().st_size:
+            plot_curves(writer.path, run_dir / "curves.png")
+            writer.say(f"Curves: {run_dir / 'curves.png'}")
     dist.barrier()  # the first rank to leave makes the launcher end the others
 
 

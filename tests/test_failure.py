@@ -43,6 +43,15 @@ def test_an_error_on_one_rank_ends_all_and_is_named(torchrun, demo_policy, tmp_p
     assert not (tmp_path / "run" / "hf").exists()
 
 
+def test_a_failing_canary_stops_the_run_and_keeps_the_policy(torchrun, demo_policy, tmp_path):
+    threshold = "actor_rollout_ref.rollout.canary_threshold=1e-12"  # less than any rounding
+    finished = torchrun(2, [*overrides(demo_policy, tmp_path / "run"), threshold])
+    assert finished.code != 0
+    assert "does not compute with the policy's weights" in finished.output
+    assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""  # no rollout was spent
+
+
 def started(process: subprocess.Popen) -> str:
     """What the run printed until its first step was logged."""
     seen = ""
