@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from remax_megatron.atomic import replacing_folder
+from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.errors import UserError
-from remax_megatron.model.weight_table import Qwen2Shape, weight_table
+from remax_megatron.model.weight_table import weight_table
 
 # What makes a folder a model beside its weights; copied as it is when a trained policy is exported.
 SIDE_FILES = (
@@ -105,14 +106,14 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise FolderError(f"{index} is damaged: {type(error).__name__}: {error}") from error
 
 
-def check_folder(weights: HfWeights, shape: Qwen2Shape) -> None:
+def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
     """FolderError naming the first missing, extra or misshapen tensor of the folder."""
     expected = {
-        name: dims for entry in weight_table(shape) for name, dims in zip(entry.hf_names, entry.hf_shapes, strict=True)
+        name: dims for entry in weight_table(facts) for name, dims in zip(entry.hf_names, entry.hf_shapes, strict=True)
     }
     # Derived or duplicated by some writers; carries nothing of its own.
     ignorable = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
-    if shape.tied_embeddings:
+    if facts.tied_embeddings:
         ignorable.add("lm_head.weight")
     if missing := sorted(expected.keys() - weights.names):
         raise FolderError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}")

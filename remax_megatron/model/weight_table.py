@@ -14,28 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from remax_megatron.config.model_facts import ModelFacts
 
 VOCAB_MULTIPLE = 128
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 HEAD = "output_layer.weight"
-
-
-class Qwen2Shape(Protocol):
-    """The numbers of config.json that the table needs."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    tied_embeddings: bool
 
 
 @dataclass(frozen=True)
@@ -54,11 +42,11 @@ class WeightEntry:
     layer: int | None = None
 
 
-def weight_table(shape: Qwen2Shape) -> list[WeightEntry]:
+def weight_table(facts: ModelFacts) -> list[WeightEntry]:
     """Every distinct tensor, in the order of the forward pass. With tied embeddings there is no output_layer."""
-    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
-    q_rows, kv_rows = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    vocab = ((shape.vocab_size, hidden),)
+    hidden, ffn = facts.hidden_size, facts.ffn_hidden_size
+    q_rows, kv_rows = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
+    vocab = ((facts.vocab_size, hidden),)
     norm = ((hidden,),)
     q, k, v = (f"self_attn.{x}_proj" for x in "qkv")
     per_layer = (
@@ -86,12 +74,12 @@ def weight_table(shape: Qwen2Shape) -> list[WeightEntry]:
         ("mlp.linear_fc2.weight", "row", ("mlp.down_proj.weight",), ((hidden, ffn),)),
     )
     entries = [WeightEntry(EMBEDDING, "vocab", ("model.embed_tokens.weight",), vocab)]
-    for layer in range(shape.num_layers):
+    for layer in range(facts.num_layers):
         for name, kind, hf_names, hf_shapes in per_layer:
             in_layer = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)
             entries.append(WeightEntry(f"decoder.layers.{{layer}}.{name}", kind, in_layer, hf_shapes, layer))
     entries.append(WeightEntry(FINAL_NORM, "replicated", ("model.norm.weight",), norm))
-    if not shape.tied_embeddings:
+    if not facts.tied_embeddings:
         entries.append(WeightEntry(HEAD, "vocab", ("lm_head.weight",), vocab))
     return entries
 
@@ -102,7 +90,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def to_megatron(entry: WeightEntry, hf: Mapping[str, Tensor], shape: Qwen2Shape, tp: int, tp_rank: int) -> Tensor:
+def to_megatron(entry: WeightEntry, hf: Mapping[str, Tensor], facts: ModelFacts, tp: int, tp_rank: int) -> Tensor:
     """The shard of `entry` that tensor-parallel rank `tp_rank` of `tp` holds, from whole Hugging Face tensors."""
     parts = [hf[name] for name in entry.hf_names]
     if entry.kind == "replicated":
@@ -110,39 +98,39 @@ def to_megatron(entry: WeightEntry, hf: Mapping[str, Tensor], shape: Qwen2Shape,
     if entry.kind == "row":
         return parts[0].chunk(tp, dim=1)[tp_rank]
     if entry.kind == "vocab":
-        rows = padded_vocab_size(shape.vocab_size, tp) // tp
+        rows = padded_vocab_size(facts.vocab_size, tp) // tp
         mine = parts[0][tp_rank * rows : (tp_rank + 1) * rows]
         if mine.shape[0] == rows:
             return mine
         return torch.cat([mine, mine.new_zeros(rows - mine.shape[0], mine.shape[1])])
     if entry.kind == "gate_up":
         return torch.cat([part.chunk(tp, dim=0)[tp_rank] for part in parts])
-    groups = shape.num_key_value_heads
-    by_group = [part.reshape(groups, -1, shape.head_dim, *part.shape[1:]) for part in parts]
+    groups = facts.num_key_value_heads
+    by_group = [part.reshape(groups, -1, facts.head_dim, *part.shape[1:]) for part in parts]
     merged = torch.cat(by_group, dim=1).flatten(0, 2)
     return merged.chunk(tp, dim=0)[tp_rank]
 
 
-def to_hf(entry: WeightEntry, shards: Sequence[Tensor], shape: Qwen2Shape) -> dict[str, Tensor]:
+def to_hf(entry: WeightEntry, shards: Sequence[Tensor], facts: ModelFacts) -> dict[str, Tensor]:
     """The whole Hugging Face tensors of `entry`, from the shards of all tensor-parallel ranks in rank order."""
     if entry.kind == "replicated":
         return {entry.hf_names[0]: shards[0]}
     if entry.kind == "row":
         return {entry.hf_names[0]: torch.cat(list(shards), dim=1)}
     if entry.kind == "vocab":
-        return {entry.hf_names[0]: torch.cat(list(shards))[: shape.vocab_size]}
+        return {entry.hf_names[0]: torch.cat(list(shards))[: facts.vocab_size]}
     if entry.kind == "gate_up":
         halves = [shard.chunk(2, dim=0) for shard in shards]
         return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(entry.hf_names)}
     merged = torch.cat(list(shards))
-    groups = shape.num_key_value_heads
-    heads = shape.num_attention_heads // groups
-    by_group = merged.reshape(groups, heads + 2, shape.head_dim, *merged.shape[1:])
+    groups = facts.num_key_value_heads
+    heads = facts.num_attention_heads // groups
+    by_group = merged.reshape(groups, heads + 2, facts.head_dim, *merged.shape[1:])
     query, key, value = by_group.split([heads, 1, 1], dim=1)
     return {name: part.flatten(0, 2) for name, part in zip(entry.hf_names, (query, key, value), strict=True)}
 
 
-def shard_shape(entry: WeightEntry, shape: Qwen2Shape, tp: int) -> tuple[int, ...]:
+def shard_shape(entry: WeightEntry, facts: ModelFacts, tp: int) -> tuple[int, ...]:
     """Shape of one tensor-parallel shard of `entry` (the same on every rank)."""
     first, *_ = entry.hf_shapes
     if entry.kind == "replicated":
