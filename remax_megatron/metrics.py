@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-LOGGERS = ("console", "wandb", "tensorboard")
+from remax_megatron.config.schema import LOGGERS
 
 
 class MetricsWriter:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_ranks
+
 ENDS_WITHIN_S = 30
 
 FAILING_REWARD = """
@@ -50,6 +52,34 @@ def test_a_failing_canary_stops_the_run_and_keeps_the_policy(torchrun, demo_poli
     assert "does not compute with the policy's weights" in finished.output
     assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""  # no rollout was spent
+
+
+def disagreeing_worker(_payload) -> str:
+    """Two ranks whose settings differ in the seed: what each is told."""
+    import torch.distributed as dist
+
+    from remax_megatron.config.load import load_config
+    from remax_megatron.config.schema import ConfigError
+    from remax_megatron.data.dataset import PromptDataset
+    from remax_megatron.parallel.layout import init_distributed
+    from remax_megatron.run import Inputs, _check_agreement
+    from remax_megatron.types import Prompt
+
+    init_distributed("cpu", 60)
+    prompts = PromptDataset([Prompt(0, (5, 6), "word_problems", "1")], num_rows=1)
+    inputs = Inputs("", None, [1], prompts, None, lambda *_: 0.0)
+    _check_agreement(load_config("demo", ["trainer.seed=7"]).config, inputs)  # the same on both: passes
+    try:
+        _check_agreement(load_config("demo", [f"trainer.seed={dist.get_rank()}"]).config, inputs)
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def test_ranks_that_read_other_settings_are_refused_on_every_rank():
+    said = run_ranks("tests.test_failure:disagreeing_worker", 2, None, timeout_s=100)
+    assert said[0] == said[1]
+    assert "ranks [1] read other settings or data than rank 0" in said[0]
 
 
 def started(process: subprocess.Popen) -> str:

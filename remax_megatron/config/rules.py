@@ -16,14 +16,13 @@ from typing import Any
 
 from remax_megatron.config.model_facts import ModelFacts as ModelFacts
 from remax_megatron.config.model_facts import resolve_model_facts as resolve_model_facts
-from remax_megatron.config.schema import EMBEDDED_FILES, Actor, Config, ConfigError, Megatron, RolloutConfig
+from remax_megatron.config.schema import EMBEDDED_FILES, LOGGERS, Actor, Config, ConfigError, Megatron, RolloutConfig
 
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = "actor_rollout_ref.actor.megatron"
 ROLLOUT = "actor_rollout_ref.rollout"
 
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl")
-LOGGERS = ("console", "wandb", "tensorboard")
 DTYPES = ("bfloat16", "float32")
 
 # key -> (legal values, why not another one)

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from remax_megatron.errors import UserError
 
 EMBEDDED_MODEL = "embedded:word-problems"
+LOGGERS = ("console", "wandb", "tensorboard")
 EMBEDDED_FILES = (f"{EMBEDDED_MODEL}/train", f"{EMBEDDED_MODEL}/test")
 
 

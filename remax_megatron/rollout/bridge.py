@@ -1,4 +1,4 @@
-"""The bridge: the policy's weights into the rollout engine, and the canary that proves they arrived.
+"""The bridge: the policy's weights into the rollout engine, and the canary that checks that they arrived.
 
 After every sync the canary has fixed prompts scored by both sides, and the engine's greedy continuations of them
 (which read the prefix cache) scored by the policy. A difference over the threshold stops the run before a rollout is
@@ -58,6 +58,8 @@ class Bridge:
         bucket_bytes: int,
         threshold: float | None,
     ):
+        """`dtype` is the engine's, "float32" or "bfloat16"; `bucket_bytes` bounds one rank's share of a bucket;
+        `threshold` in nats, None for THRESHOLD's. No collectives."""
         self.policy, self.engine = policy, engine
         # Either side's bfloat16 decides: rounding is what the limit has to leave room for.
         rounding = "float32" if dtype == "float32" and policy.dtype == torch.float32 else "bfloat16"

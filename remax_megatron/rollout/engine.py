@@ -46,7 +46,10 @@ class Engine:
         tied_embeddings: bool,
         stop_token_ids: list[int],
     ):
-        """Collective: every rank of the world calls with the same arguments, after torch.distributed is up."""
+        """Collective: every rank of the world calls with the same arguments, after torch.distributed is up.
+
+        Lengths are tokens, `dtype` is "float32" or "bfloat16". The weights are random until the first `reload`.
+        """
         self.tokenizer, self.config, self.seed = tokenizer, config, seed
         self.max_response_length = max_response_length
         self.device = device
