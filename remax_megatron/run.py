@@ -28,7 +28,8 @@ from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
 from remax_megatron.data.dataset import PromptDataset, load_prompts
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
-from remax_megatron.model.hf_folder import HfWeights, check_folder, write_hf_folder
+from remax_megatron.model.hf_folder import write_hf_folder
+from remax_megatron.model.megatron_folder import open_weights
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Inputs:
-    """What a run reads: a local Hugging Face folder, tokenised prompts, and the scorer."""
+    """What a run reads: a local model folder (Hugging Face or Megatron), tokenised prompts, and the scorer."""
 
-    hf_folder: str
+    model_folder: str
     tokenizer: object
     stop_token_ids: list[int]
     train_prompts: PromptDataset
@@ -70,9 +71,9 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         try:
             trainer.train()
         except CanaryError:
-            _export(trainer, inputs.hf_folder)  # every rank is here, and the policy's own weights are sound
+            _export(trainer, inputs.model_folder)  # every rank is here, and the policy's own weights are sound
             raise
-        _export(trainer, inputs.hf_folder)
+        _export(trainer, inputs.model_folder)
         cpu_platform.remove_own_shared_memory()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -86,7 +87,7 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
 
     data = config.data
     folder = local_model_folder(config.actor_rollout_ref.model.path)
-    check_folder(HfWeights(folder), facts)
+    open_weights(folder, facts)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:  # what damaged or missing tokenizer files raise
@@ -122,16 +123,16 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
     return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val, scorer)
 
 
-def end_token_ids(hf_folder: str, tokenizer) -> list[int]:
+def end_token_ids(model_folder: str, tokenizer) -> list[int]:
     """The tokens that end an answer: generation_config.json's, and the tokenizer's own end-of-sequence token."""
     ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    path = Path(hf_folder) / "generation_config.json"
+    path = Path(model_folder) / "generation_config.json"
     if path.exists():
         declared = json.loads(path.read_text()).get("eos_token_id")
         ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
     if not ids:
         raise ConfigError(
-            f"actor_rollout_ref.model.path={hf_folder}: neither generation_config.json nor the tokenizer names an "
+            f"actor_rollout_ref.model.path={model_folder}: neither generation_config.json nor the tokenizer names an "
             "end-of-sequence token; set eos_token_id in generation_config.json"
         )
     return sorted(ids)
@@ -220,7 +221,7 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         facts,
         layout,
         actor,
-        hf_folder=inputs.hf_folder,
+        model_folder=inputs.model_folder,
         temperature=rollout.temperature,
         recompute=config.actor_rollout_ref.model.enable_gradient_checkpointing,
         log=say,
@@ -228,7 +229,7 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
     policy.release_training_memory()  # vLLM measures what is free when it starts
     dtype = rollout.dtype or actor.megatron.dtype
     engine = Engine(
-        inputs.hf_folder,
+        inputs.model_folder,
         inputs.tokenizer,
         rollout,
         dtype=dtype,
@@ -252,7 +253,7 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
     return Trainer(config, policy, bridge, collector, inputs.train_prompts, inputs.val_prompts, timer, writer)
 
 
-def _export(trainer: Trainer, hf_folder: str) -> None:
+def _export(trainer: Trainer, model_folder: str) -> None:
     """Write the trained policy as a Hugging Face folder and draw the curves. Collective; rank 0 writes."""
     config, writer = trainer.config, trainer.writer
     run_dir = Path(config.trainer.default_local_dir)
@@ -260,7 +261,7 @@ def _export(trainer: Trainer, hf_folder: str) -> None:
         dtype = getattr(torch, config.actor_rollout_ref.actor.megatron.dtype)
         stream = trainer.policy.weight_stream(dtype, config.actor_rollout_ref.rollout.sync_bucket_mb * 2**20)
         if writer is not None:
-            write_hf_folder(run_dir / "hf", iter(stream), hf_folder)
+            write_hf_folder(run_dir / "hf", iter(stream), model_folder)
             writer.say(f"Trained policy: {run_dir / 'hf'}")
         else:
             for _ in stream:

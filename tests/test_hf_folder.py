@@ -131,10 +131,14 @@ def test_config_follows_the_dtype_of_the_tensors(source: Path, tmp_path: Path) -
 
 
 def test_views_and_transposed_tensors_are_written_whole(source: Path, tmp_path: Path) -> None:
-    big = torch.arange(24.0).view(4, 6)
-    tensors = {"half": big[:2], "same": big[:2], "transposed": big.T}  # shared memory, which safetensors refuses
+    tensors = dict(stream(source))
+    square = tensors["model.layers.0.self_attn.q_proj.weight"].clone()
+    key_value = torch.cat([square, square])  # 256 x 128; both tensors below share its memory
+    tensors["model.layers.0.self_attn.q_proj.weight"] = square.T
+    tensors["model.layers.0.self_attn.k_proj.weight"] = key_value[64:128]
+    tensors["model.layers.0.self_attn.v_proj.weight"] = key_value[64:128]
     written = HfWeights(write_hf_folder(tmp_path / "out", iter(tensors.items()), source))
-    assert {name: written.get(name).tolist() for name in tensors} == {n: t.tolist() for n, t in tensors.items()}
+    assert all(torch.equal(written.get(name), tensor) for name, tensor in tensors.items())
 
 
 def test_an_existing_folder_is_replaced_whole(folder: Path, source: Path) -> None:
@@ -247,8 +251,11 @@ def test_what_some_writers_add_is_ignored(folder: Path, tmp_path: Path) -> None:
     # With tied embeddings the head is a copy; without, it must be there.
     tied = make_qwen2(tmp_path / "tied", tied=True, layers=1)
     check(tied)
-    rewrite(tied, lm_head__weight=torch.zeros(211, 128))
+    rewrite(tied, lm_head__weight=HfWeights(tied).get("model.embed_tokens.weight").clone())
     check(tied)
+    rewrite(tied, lm_head__weight=torch.zeros(211, 128))
+    with pytest.raises(FolderError, match=r"ties the embeddings, but lm_head\.weight differs"):
+        check(tied)
     rewrite(folder, lm_head__weight=None)
     with pytest.raises(FolderError, match=r"1 tensors are missing, first lm_head\.weight$"):
         check(folder)

@@ -48,7 +48,7 @@ def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_bat
     actor.optim.lr, actor.optim.eps = 1e-4, 1e-5
     ranks = init_model_parallel(device, tp=tp, pp=pp, vpp=vpp, seed=1)
     facts = ModelFacts.from_folder(folder)
-    return Policy(facts, ranks, actor, hf_folder=folder, temperature=1.0, recompute=recompute)
+    return Policy(facts, ranks, actor, model_folder=folder, temperature=1.0, recompute=recompute)
 
 
 def logits_of(policy, rows: list[Row]) -> list[torch.Tensor] | None:

@@ -17,7 +17,6 @@ from typing import Any
 from remax_megatron.config.schema import EMBEDDED_MODEL, ConfigError
 
 KEY = "actor_rollout_ref.model.path"
-MEND = f"set {KEY} to a dense Qwen2 or Qwen2.5 model, for example Qwen/Qwen2.5-7B-Instruct"
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
@@ -38,44 +37,48 @@ class ModelFacts:
     rope_theta: float = 1e6
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> ModelFacts:
-        """Facts of the Hugging Face folder `path`. ConfigError: no folder, no readable config.json, not plain Qwen2."""
+    def from_folder(cls, path: str | Path, setting: str = KEY) -> ModelFacts:
+        """Facts of the Hugging Face folder `path`. ConfigError: no folder, no readable config.json, not plain Qwen2.
+
+        `setting` is what the user set to `path`; messages name it.
+        """
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise ConfigError(
-                f"{KEY}={path}: there is no such folder; set it to a folder with config.json and *.safetensors,"
+                f"{setting}={path}: there is no such folder; set it to a folder with config.json and *.safetensors,"
                 " or to a hub id such as Qwen/Qwen2.5-7B-Instruct"
             )
         file = folder / "config.json"
         if not file.is_file():
             raise ConfigError(
-                f"{KEY}={path}: the folder has no config.json; set it to a whole Hugging Face model folder"
+                f"{setting}={path}: the folder has no config.json; set it to a whole Hugging Face model folder"
             )
-        return _facts_from_file(file, str(path))
+        return _facts_from_file(file, str(path), setting)
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any], source: str) -> ModelFacts:
-        """Facts from the keys of a Qwen2 config.json; `source` names the model in error messages."""
-        _refuse_other_architectures(config, source)
+    def from_hf_config(cls, config: Mapping[str, Any], source: str, setting: str = KEY) -> ModelFacts:
+        """Facts from the keys of a Qwen2 config.json; `setting`=`source` names the model in error messages."""
+        _refuse_other_architectures(config, source, setting)
 
         def size(name: str) -> int:
             value = config.get(name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(
-                    f"{KEY}={source}: config.json says {name}={value!r}, expected a positive integer; {MEND}"
+                    f"{setting}={source}: config.json says {name}={value!r}, expected a positive integer;"
+                    f" {_mend(setting)}"
                 )
             return value
 
         heads, hidden = size("num_attention_heads"), size("hidden_size")
         if hidden % heads:
             raise ConfigError(
-                f"{KEY}={source}: config.json says hidden_size={hidden}, not a multiple of"
-                f" num_attention_heads={heads}; {MEND}"
+                f"{setting}={source}: config.json says hidden_size={hidden}, not a multiple of"
+                f" num_attention_heads={heads}; {_mend(setting)}"
             )
         if config.get("head_dim") not in (None, hidden // heads):
             raise ConfigError(
-                f"{KEY}={source}: config.json says head_dim={config['head_dim']}, but a Qwen2 model has hidden_size"
-                f" / num_attention_heads = {hidden // heads} (vLLM computes with that); {MEND}"
+                f"{setting}={source}: config.json says head_dim={config['head_dim']}, but a Qwen2 model has hidden_size"
+                f" / num_attention_heads = {hidden // heads} (vLLM computes with that); {_mend(setting)}"
             )
         rope = config.get("rope_parameters") or {}  # transformers 5; transformers 4 wrote rope_theta at the top
         return cls(
@@ -126,17 +129,23 @@ def _hub_config_file(repo_id: str) -> Path:
         ) from error
 
 
-def _facts_from_file(file: Path, source: str) -> ModelFacts:
+def _mend(setting: str) -> str:
+    return f"set {setting} to a dense Qwen2 or Qwen2.5 model, for example Qwen2.5-7B-Instruct"
+
+
+def _facts_from_file(file: Path, source: str, setting: str = KEY) -> ModelFacts:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:  # not JSON, not UTF-8, not readable
-        raise ConfigError(f"{KEY}={source}: config.json cannot be read ({error}); {MEND}") from error
+        raise ConfigError(f"{setting}={source}: config.json cannot be read ({error}); {_mend(setting)}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{KEY}={source}: config.json holds a {type(config).__name__}, expected an object; {MEND}")
-    return ModelFacts.from_hf_config(config, source)
+        raise ConfigError(
+            f"{setting}={source}: config.json holds a {type(config).__name__}, expected an object; {_mend(setting)}"
+        )
+    return ModelFacts.from_hf_config(config, source, setting)
 
 
-def _refuse_other_architectures(config: Mapping[str, Any], source: str) -> None:
+def _refuse_other_architectures(config: Mapping[str, Any], source: str, setting: str) -> None:
     """ConfigError for every model whose weights or forward pass differ from plain Qwen2."""
     model_type = config.get("model_type")
     architectures = config.get("architectures") or ["Qwen2ForCausalLM"]
@@ -160,4 +169,4 @@ def _refuse_other_architectures(config: Mapping[str, Any], source: str) -> None:
     elif config.get("hidden_act", "silu") != "silu":
         reason = f"a model with hidden_act={config['hidden_act']!r}; Qwen2 uses silu"
     if reason:
-        raise ConfigError(f"{KEY}={source} is {reason}; {MEND}")
+        raise ConfigError(f"{setting}={source} is {reason}; {_mend(setting)}")

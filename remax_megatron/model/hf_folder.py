@@ -1,28 +1,33 @@
-"""Reading and writing Hugging Face weight folders, tensor by tensor, and nothing but safetensors.
+"""Hugging Face weight folders: reading them tensor by tensor, and laying out and writing new ones.
 
-Model code and pickles in a folder are never touched. Writing is atomic: a folder appears whole or not at all.
+Nothing but safetensors is read or written; model code and pickles in a folder are never touched.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from remax_megatron.atomic import replacing_folder
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.errors import UserError
+from remax_megatron.model.mapped import Extent, MappedFiles, blocks
 from remax_megatron.model.weight_table import weight_table
 
-# What makes a folder a model beside its weights; copied as it is when a trained policy is exported.
+MAX_SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCK_BYTES = 2**20
+
+# What makes a folder a model beside its weights; copied as it is when weights are written.
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -34,44 +39,88 @@ SIDE_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "LICENSE",
+    "README.md",
 )
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class FolderError(UserError):
     """A model folder that cannot be used as it is."""
 
 
-class HfWeights:
-    """Memory-mapped view of a folder's safetensors: `names`, `shape(name)`, `get(name)`.
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """What the head of a safetensors file says. Offsets are bytes from the start of the file."""
 
-    FolderError: no safetensors, an index that names a missing file, or a damaged file.
+    header: str
+    dtypes: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    offsets: dict[str, int]
+    sizes: dict[str, int]
+    num_bytes: int
+
+    @classmethod
+    def from_header(cls, header: str) -> SafetensorsFile:
+        """ValueError, KeyError or TypeError when `header` is not one."""
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        start = 8 + len(header.encode())
+        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
+        return cls(
+            header=header,
+            dtypes={name: entry["dtype"] for name, entry in entries.items()},
+            shapes={name: tuple(entry["shape"]) for name, entry in entries.items()},
+            offsets={name: start + begin for name, (begin, _) in spans.items()},
+            sizes={name: end - begin for name, (begin, end) in spans.items()},
+            num_bytes=start + max((end for _, end in spans.values()), default=0),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> SafetensorsFile:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            return cls.from_header(file.read(length).decode())
+
+    @property
+    def head(self) -> bytes:
+        """The bytes before the first tensor."""
+        encoded = self.header.encode()
+        return struct.pack("<Q", len(encoded)) + encoded
+
+
+class HfWeights:
+    """Memory-mapped view of a folder's safetensors.
+
+    FolderError: no safetensors, an index that does not fit the files, or a damaged file.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            self._file_of = _weight_map(index)
+        if (self.folder / INDEX).exists():
+            weight_map = _weight_map(self.folder / INDEX)
+        elif (self.folder / SINGLE).exists():
+            weight_map = None
         else:
-            single = self.folder / "model.safetensors"
-            if not single.exists():
-                raise FolderError(
-                    f"{self.folder} holds neither model.safetensors nor model.safetensors.index.json; "
-                    "convert the weights to safetensors first"
-                )
-            self._file_of = dict.fromkeys(self._open_keys(single.name), single.name)
-        self._open: dict[str, object] = {}
+            raise FolderError(
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}; convert the weights to safetensors first"
+            )
+        names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
+        self._open: dict[str, safe_open] = {}
+        self.files: dict[str, SafetensorsFile] = {name: self._open_file(name) for name in names}
+        self._file_of = {tensor: name for name, file in self.files.items() for tensor in file.shapes}
+        for tensor, name in (weight_map or {}).items():
+            if self._file_of.get(tensor) != name:
+                raise FolderError(f"{self.folder / name} does not hold {tensor}, which {INDEX} places there")
 
-    def _open_keys(self, file: str) -> list[str]:
-        with self._reader(file) as reader:
-            return list(reader.keys())
-
-    def _reader(self, file: str):
-        path = self.folder / file
+    def _open_file(self, name: str) -> SafetensorsFile:
+        path = self.folder / name
         if not path.exists():
-            raise FolderError(f"{self.folder}: the index names {file}, which is missing")
+            raise FolderError(f"{self.folder}: the index names {name}, which is missing")
         try:
-            return safe_open(path, framework="pt")
+            self._open[name] = safe_open(path, framework="pt")  # checks the head against the file's size
+            return SafetensorsFile.read(path)
         except (SafetensorError, struct.error, OSError) as error:
             raise FolderError(f"{path} is not a readable safetensors file: {error}") from error
 
@@ -79,24 +128,28 @@ class HfWeights:
     def names(self) -> set[str]:
         return set(self._file_of)
 
-    def _handle(self, name: str):
-        file = self._file_of[name]
-        if file not in self._open:
-            self._open[file] = self._reader(file)
-        return self._open[file]
-
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._read(name, "get_slice").get_shape())
+        return self.files[self._file_of[name]].shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """FolderError for a tensor of another type than float32, bfloat16 or float16."""
+        stored = self.files[self._file_of[name]].dtypes[name]
+        if stored not in DTYPES:
+            raise FolderError(f"{self.folder}: {name} is stored as {stored}, expected one of {', '.join(DTYPES)}")
+        return DTYPES[stored]
 
     def get(self, name: str) -> Tensor:
         """The whole tensor, memory-mapped where the platform can."""
-        return self._read(name, "get_tensor")
+        return self._open[self._file_of[name]].get_tensor(name)
 
-    def _read(self, name: str, how: str):
-        try:
-            return getattr(self._handle(name), how)(name)
-        except SafetensorError as error:
-            raise FolderError(f"{self.folder / self._file_of[name]} does not hold {name}: {error}") from error
+    def extents(self, name: str, row: int = 0, num_rows: int | None = None) -> list[Extent]:
+        """Where the bytes of `name` lie, from row `row` on."""
+        file = self.files[self._file_of[name]]
+        rows = self.shape(name)[0]
+        row_bytes = file.sizes[name] // rows
+        num_rows = rows - row if num_rows is None else num_rows
+        path = str(self.folder / self._file_of[name])
+        return [Extent(path, file.offsets[name] + row * row_bytes, num_rows * row_bytes)]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -106,15 +159,20 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise FolderError(f"{index} is damaged: {type(error).__name__}: {error}") from error
 
 
-def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
-    """FolderError naming the first missing, extra or misshapen tensor of the folder."""
-    expected = {
+def expected_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+    """Hugging Face names and shapes of all distinct tensors of the model, in the order of the forward pass."""
+    return {
         name: dims for entry in weight_table(facts) for name, dims in zip(entry.hf_names, entry.hf_shapes, strict=True)
     }
+
+
+def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
+    """FolderError naming the first missing, extra or misshapen tensor of the folder."""
+    expected = expected_shapes(facts)
     # Derived or duplicated by some writers; carries nothing of its own.
     ignorable = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
     if facts.tied_embeddings:
-        ignorable.add("lm_head.weight")
+        ignorable.add(HF_HEAD)
     if missing := sorted(expected.keys() - weights.names):
         raise FolderError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}")
     if extra := sorted(weights.names - expected.keys() - ignorable):
@@ -122,60 +180,122 @@ def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
     for name, dims in expected.items():
         if weights.shape(name) != dims:
             raise FolderError(f"{weights.folder}: {name} has shape {weights.shape(name)}, config.json says {dims}")
+    if facts.tied_embeddings and HF_HEAD in weights.names:
+        maps = MappedFiles()
+        pairs = (blocks(weights.extents(name), BLOCK_BYTES) for name in (HF_HEAD, HF_EMBEDDING))
+        if weights.shape(HF_HEAD) != weights.shape(HF_EMBEDDING) or any(
+            maps.read(head) != maps.read(embedding) for ((head,), (embedding,)) in zip(*pairs, strict=True)
+        ):
+            raise FolderError(
+                f"{weights.folder}: config.json ties the embeddings, but {HF_HEAD} differs from {HF_EMBEDDING}; "
+                f"set tie_word_embeddings to false there, or remove {HF_HEAD}"
+            )
+
+
+@dataclass(frozen=True)
+class HfLayout:
+    """Which safetensors file holds which tensor where, before any is written. `index` is None for a single file."""
+
+    files: dict[str, SafetensorsFile]
+    index: str | None
+
+    @classmethod
+    def planned(cls, facts: ModelFacts, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES) -> HfLayout:
+        """Consecutive tensors in files of at most `max_shard_bytes` of data (or one tensor)."""
+        shards: list[dict[str, tuple[int, ...]]] = [{}]
+        filled = total = 0
+        for name, dims in expected_shapes(facts).items():
+            size = torch.Size(dims).numel() * dtype.itemsize
+            if shards[-1] and filled + size > max_shard_bytes:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = dims
+            filled, total = filled + size, total + size
+        count = len(shards)
+        if count == 1:
+            return cls({SINGLE: SafetensorsFile.from_header(_header(shards[0], dtype))}, None)
+        files = {
+            f"model-{i + 1:05d}-of-{count:05d}.safetensors": SafetensorsFile.from_header(_header(shard, dtype))
+            for i, shard in enumerate(shards)
+        }
+        weight_map = {name: file for file, content in files.items() for name in content.shapes}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return cls(files, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def recorded(cls, headers: Mapping[str, str], index: str | None) -> HfLayout:
+        """The layout of an existing folder, from the heads of its files. ValueError when they are not heads."""
+        return cls({name: SafetensorsFile.from_header(header) for name, header in headers.items()}, index)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for file in self.files.values() for name, shape in file.shapes.items()}
+
+    def dtypes(self) -> set[torch.dtype]:
+        return {DTYPES[dtype] for file in self.files.values() for dtype in file.dtypes.values()}
+
+    def place(self, tensor: str) -> tuple[str, int]:
+        """(file, offset) of `tensor`."""
+        return next((name, file.offsets[tensor]) for name, file in self.files.items() if tensor in file.offsets)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> str:
+    """The head of a safetensors file, padded so that the tensors are aligned to 8 bytes."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dims in shapes.items():
+        end = offset + torch.Size(dims).numel() * dtype.itemsize
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(dims), "data_offsets": [offset, end]}
+        offset = end
+    header = json.dumps(entries, separators=(",", ":"))
+    return header + " " * (-len(header) % 8)
 
 
 def write_hf_folder(
-    folder: str | Path, tensors: Iterable[tuple[str, Tensor]], source: str | Path, max_shard_bytes: int = 5 * 10**9
+    folder: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    source: str | Path,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write `tensors` as sharded safetensors with an index, and the side files of `source`, then rename into place.
 
-    Streams: at most one shard (`max_shard_bytes`) of tensors is held. An existing `folder` is replaced at the end.
+    Streams: each tensor goes to its place and is forgotten. An existing `folder` is replaced at the end.
     """
+    facts = ModelFacts.from_folder(source)
+    layout, files, dtype = None, {}, None
+    missing = set(expected_shapes(facts))
     with replacing_folder(folder) as aside:
-        shards: list[list[str]] = []
-        num_bytes = 0
-        dtype = None
-        for shard in _shards(tensors, max_shard_bytes):
-            save_file(shard, aside / f"shard-{len(shards)}", metadata={"format": "pt"})
-            shards.append(list(shard))
-            num_bytes += sum(tensor.nbytes for tensor in shard.values())
-            dtype = next(iter(shard.values())).dtype
-        _name_shards(aside, shards, num_bytes)
-        for name in SIDE_FILES:
-            if (Path(source) / name).exists():
-                shutil.copyfile(Path(source) / name, aside / name)
-        _set_dtype(aside / "config.json", dtype)
+        try:
+            for name, tensor in tensors:
+                if layout is None:
+                    dtype = tensor.dtype
+                    layout = HfLayout.planned(facts, dtype, max_shard_bytes)
+                    for file, content in layout.files.items():
+                        files[file] = open(aside / file, "wb")  # noqa: SIM115
+                        files[file].write(content.head)
+                file, offset = layout.place(name)
+                files[file].seek(offset)
+                files[file].write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                missing.discard(name)
+        finally:
+            for open_file in files.values():
+                open_file.close()
+        assert layout is not None and not missing, f"tensors that nobody sent: {sorted(missing)[:3]}"
+        for name, content in side_files(source, dtype).items():
+            (aside / name).write_bytes(content)
+        if layout.index is not None:
+            (aside / INDEX).write_text(layout.index)
     return Path(folder)
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Consecutive tensors, copied to the CPU, in groups of at most `max_bytes` (or one tensor)."""
-    pending: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_bytes:
-            yield pending
-            pending = {}
-        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-    if pending:
-        yield pending
+def side_files(source: str | Path, dtype: torch.dtype | None = None) -> dict[str, bytes]:
+    """The files of `source` that make a folder a model beside its weights, byte for byte.
 
-
-def _name_shards(folder: Path, shards: list[list[str]], num_bytes: int) -> None:
-    """Give "shard-0", ... their final names, which hold their count; write the index if there is more than one."""
-    if len(shards) == 1:
-        os.replace(folder / "shard-0", folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"shard-{i}", folder / final)
-        weight_map.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-
-
-def _set_dtype(config: Path, dtype: torch.dtype | None) -> None:
-    values = json.loads(config.read_text())
+    In config.json the weights' type becomes `dtype`, when one is given and it differs.
+    """
+    files = {name: (Path(source) / name).read_bytes() for name in SIDE_FILES if (Path(source) / name).is_file()}
+    values = json.loads(files["config.json"])
     key = "torch_dtype" if "torch_dtype" in values else "dtype"
-    values[key] = str(dtype).removeprefix("torch.")
-    config.write_text(json.dumps(values, indent=2) + "\n")
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and values.get(key) != name:
+        files["config.json"] = (json.dumps(values | {key: name}, indent=2) + "\n").encode()
+    return files

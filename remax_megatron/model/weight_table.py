@@ -130,6 +130,38 @@ def to_hf(entry: WeightEntry, shards: Sequence[Tensor], facts: ModelFacts) -> di
     return {name: part.flatten(0, 2) for name, part in zip(entry.hf_names, (query, key, value), strict=True)}
 
 
+@dataclass(frozen=True)
+class RowRun:
+    """Megatron's rows from `megatron_row` on are `num_rows` rows of the Hugging Face tensor `hf_name` from `hf_row`."""
+
+    hf_name: str
+    hf_row: int
+    megatron_row: int
+    num_rows: int
+
+
+def row_runs(entry: WeightEntry, facts: ModelFacts) -> list[RowRun]:
+    """How the rows of the whole Megatron tensor (TP 1) are put together, in its order; padding rows are in no run.
+
+    Between whole tensors the table only moves rows, so a converter can copy bytes. Found by sending row numbers
+    through `to_megatron`.
+    """
+    numbers, names, first = {}, [], 1  # 0 is what padding is filled with
+    for name, (rows, *rest) in zip(entry.hf_names, entry.hf_shapes, strict=True):
+        numbers[name] = torch.arange(first, first + rows).reshape(rows, *(1 for _ in rest))
+        names.append((first, name))
+        first += rows + 1  # the gap keeps runs of two tensors apart
+    order = to_megatron(entry, numbers, facts, 1, 0).flatten()
+    ends = [*((order.diff() != 1).nonzero().flatten() + 1).tolist(), len(order)]
+    runs = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        number = int(order[start])
+        if number:
+            base, name = max(pair for pair in names if pair[0] <= number)
+            runs.append(RowRun(name, number - base, start, end - start))
+    return runs
+
+
 def shard_shape(entry: WeightEntry, facts: ModelFacts, tp: int) -> tuple[int, ...]:
     """Shape of one tensor-parallel shard of `entry` (the same on every rank)."""
     first, *_ = entry.hf_shapes

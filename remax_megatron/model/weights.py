@@ -1,4 +1,4 @@
-"""The policy's weights on their way in (from a Hugging Face folder) and out (as a stream of Hugging Face tensors).
+"""The policy's weights on their way in (from a folder of either kind) and out (as a stream of Hugging Face tensors).
 
 The stream feeds the rollout engine and the export alike. It goes through the weight table in flattened buckets of
 bounded size: the pipeline stage that owns a bucket broadcasts its tensor-parallel share along the pipeline, then the
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.hf_folder import HfWeights, check_folder
+from remax_megatron.model.megatron_folder import open_weights
 from remax_megatron.model.weight_table import (
     EMBEDDING,
     HEAD,
@@ -29,13 +29,14 @@ from remax_megatron.model.weight_table import (
 from remax_megatron.parallel.layout import Layout
 
 
-def load_hf(chunks: list[torch.nn.Module], folder: str, facts: ModelFacts, layout: Layout) -> None:
-    """Fill this rank's parameters from a Hugging Face folder, in the parameters' dtype. No collectives.
+def load_weights(chunks: list[torch.nn.Module], folder: str, facts: ModelFacts, layout: Layout) -> None:
+    """Fill this rank's parameters from a Hugging Face folder or a Megatron checkpoint, in the parameters' dtype.
+
+    No collectives, and no pickle of the checkpoint is run: either kind of folder is read where its bytes lie.
 
     With tied embeddings and more than one pipeline stage the last stage's copy of the embedding is filled too.
     """
-    weights = HfWeights(folder)
-    check_folder(weights, facts)
+    weights = open_weights(folder, facts)
     parameters = [dict(chunk.named_parameters()) for chunk in chunks]
     for entry in weight_table(facts):
         rank, chunk, name = owner(entry, facts.num_layers, layout.pp, layout.vpp)

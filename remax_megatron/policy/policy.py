@@ -30,7 +30,7 @@ from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Actor
 from remax_megatron.model.attention import choose_backend
 from remax_megatron.model.qwen2 import build_chunks, transformer_config
-from remax_megatron.model.weights import WeightStream, load_hf
+from remax_megatron.model.weights import WeightStream, load_weights
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.types import Row
@@ -78,7 +78,7 @@ class Policy:
         layout: Layout,
         actor: Actor,
         *,
-        hf_folder: str,
+        model_folder: str,
         temperature: float,
         recompute: bool,
         log: Callable[[str], None] = lambda line: None,
@@ -97,7 +97,7 @@ class Policy:
         )
         self.sequence_parallel = config.sequence_parallel
         bare = build_chunks(facts, config, layout, self.attention_backend)
-        load_hf(bare, hf_folder, facts, layout)
+        load_weights(bare, model_folder, facts, layout)
         self.bare_chunks = bare
         wrapped = [Float16Module(config, chunk) for chunk in bare] if self.dtype != torch.float32 else bare
         ddp = DistributedDataParallelConfig(

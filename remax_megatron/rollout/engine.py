@@ -34,7 +34,7 @@ class Engine:
 
     def __init__(
         self,
-        hf_folder: str,
+        model_folder: str,
         tokenizer,
         config: RolloutConfig,
         *,
@@ -85,7 +85,7 @@ class Engine:
         from vllm import LLM
 
         self._llm = LLM(
-            model=hf_folder,
+            model=model_folder,
             load_format="dummy",  # the first weight sync brings the weights, and the canary proves it
             skip_tokenizer_init=True,
             tensor_parallel_size=config.tensor_model_parallel_size,

@@ -1,0 +1,368 @@
+"""Writing a folder of large files from stretches of other files: in parallel, resumable, whole or not at all.
+
+The folder is made under a hidden name beside the output (".NAME.partial") and renamed at the end. A journal in it
+says which jobs are done, with a digest of every tensor they wrote; `resume` reads back what the journal names, compares
+the digests, and does the rest. Bytes go from map to file in blocks that stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import xxhash
+from tqdm import tqdm
+
+from remax_megatron.errors import UserError
+from remax_megatron.model.mapped import Extent, MappedFiles, blocks
+
+BLOCK_BYTES = 2**20  # fits the second-level cache: a block is hashed and written while it is there
+MAX_VECTORS = 1024  # of one pwritev (Linux IOV_MAX)
+
+
+class ConversionError(UserError):
+    """A conversion that cannot be done, or cannot go on."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes to put at `offset` of the output file: parts of tensors, each with the tensor's name, in order."""
+
+    offset: int
+    parts: list[tuple[str, Extent]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker writes in one go. Parts of a tensor appear in the tensor's own order, in one job only."""
+
+    name: str
+    file: str
+    pieces: list[Piece]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(extent.num_bytes for piece in self.pieces for _, extent in piece.parts)
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to be written: its size, and the bytes that are no tensor's as (offset, bytes)."""
+
+    name: str
+    num_bytes: int
+    literals: list[tuple[int, bytes]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Change of the tensors' type on the way."""
+
+    source: torch.dtype
+    target: torch.dtype
+
+    def __call__(self, view: memoryview) -> memoryview:
+        tensor = torch.frombuffer(bytearray(view), dtype=self.source).to(self.target)
+        return tensor.view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion took. `num_bytes` is what was written; `seconds` includes flushing to disk."""
+
+    num_bytes: int
+    seconds: float
+    digests: dict[str, str]
+
+    def __str__(self) -> str:
+        rate = self.num_bytes / 1e9 / self.seconds
+        return (
+            f"{self.num_bytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s), peak memory {peak_gib():.2f} GiB"
+        )
+
+
+def peak_gib() -> float:
+    """Largest resident memory of this process so far, in GiB, files mapped into it included."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def digest(views: Iterable[memoryview]) -> str:
+    """xxh3-128 of the bytes in hexadecimal: finds damage, not forgery."""
+    state = xxhash.xxh3_128()
+    for view in views:
+        state.update(view)
+    return state.hexdigest()
+
+
+def write_folder(
+    output: str | Path,
+    files: Sequence[OutputFile],
+    jobs: Sequence[Job],
+    *,
+    finish: Callable[[Path, dict[str, str]], None],
+    cast: Cast | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+    title: str = "converting",
+) -> Report:
+    """Write `files` in the new folder `output`; `finish(folder, digests)` then adds the small files.
+
+    ConversionError when `output` exists or cannot be written, the disk is full, or an interrupted conversion to
+    `output` was left behind (without `resume`) or was started from other input (with it).
+    """
+    output = Path(output)
+    started = time.perf_counter()
+    with _partial_folder(output, files, jobs, cast, resume) as (partial, journal, done):
+        writer = _Writer(partial, files, cast)
+        try:
+            writer.write_literals()
+            digests = _run(writer, jobs, journal, done, workers or min(8, os.cpu_count() or 1), title)
+            writer.sync()
+        finally:
+            writer.close()
+        finish(partial, digests)
+        num_bytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    return Report(num_bytes, time.perf_counter() - started, digests)
+
+
+class _Writer:
+    """The open output files of one conversion, and how a job's bytes get into them."""
+
+    def __init__(self, folder: Path, files: Sequence[OutputFile], cast: Cast | None):
+        self.files, self.cast, self.maps = files, cast, MappedFiles()
+        self.handles: dict[str, int] = {}
+        for file in files:
+            path = folder / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.handles[file.name] = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            os.ftruncate(self.handles[file.name], file.num_bytes)
+
+    def write_literals(self) -> None:
+        for file in self.files:
+            for offset, data in file.literals:
+                _write_at(self.handles[file.name], [memoryview(data)], offset)
+
+    def write(self, job: Job, progress: Callable[[int], object]) -> dict[str, str]:
+        """Copy the job's bytes; returns the digest of every tensor written."""
+        states: dict[str, xxhash.xxh3_128] = {}
+        for piece in job.pieces:
+            for _, extent in piece.parts:
+                self.maps.prefetch(extent)
+            offset = piece.offset
+            names = iter(piece.parts)
+            name, left = "", 0
+            for block in blocks((extent for _, extent in piece.parts), BLOCK_BYTES):
+                views = []
+                for extent in block:
+                    if not left:
+                        name, whole = next(names)
+                        left = whole.num_bytes
+                    left -= extent.num_bytes
+                    view = self.maps.read(extent)
+                    views.append(self.cast(view) if self.cast else view)
+                    states.setdefault(name, xxhash.xxh3_128()).update(views[-1])
+                _write_at(self.handles[job.file], views, offset)
+                offset += sum(view.nbytes for view in views)
+                for extent in block:
+                    self.maps.release(extent)
+                progress(sum(extent.num_bytes for extent in block))
+        return {name: state.hexdigest() for name, state in states.items()}
+
+    def read_back(self, job: Job) -> dict[str, str]:
+        """The digests of what the job wrote, from the file."""
+        states: dict[str, xxhash.xxh3_128] = {}
+        ratio = self.cast.target.itemsize / self.cast.source.itemsize if self.cast else 1
+        for piece in job.pieces:
+            offset = piece.offset
+            for name, extent in piece.parts:
+                end = offset + int(extent.num_bytes * ratio)
+                while offset < end:
+                    data = os.pread(self.handles[job.file], min(BLOCK_BYTES, end - offset), offset)
+                    states.setdefault(name, xxhash.xxh3_128()).update(data)
+                    offset += len(data)
+        return {name: state.hexdigest() for name, state in states.items()}
+
+    def sync(self) -> None:
+        for handle in self.handles.values():
+            os.fsync(handle)
+
+    def close(self) -> None:
+        for handle in self.handles.values():
+            os.close(handle)
+
+
+def _write_at(handle: int, views: list[memoryview], offset: int) -> None:
+    """All of `views`, one after the other, at `offset` of the file."""
+    for first in range(0, len(views), MAX_VECTORS):
+        group = views[first : first + MAX_VECTORS]
+        size = sum(view.nbytes for view in group)
+        written = os.pwritev(handle, group, offset)
+        if written < size:  # a signal or a nearly full disk cut it short
+            rest = memoryview(b"".join(group))[written:]
+            while rest:
+                count = os.pwrite(handle, rest, offset + size - len(rest))
+                rest = rest[count:]
+        offset += size
+
+
+def _run(
+    writer: _Writer, jobs: Sequence[Job], journal: TextIO, done: dict[str, dict[str, str]], workers: int, title: str
+) -> dict[str, str]:
+    """Do the jobs that are not `done`, the largest first; returns all digests."""
+    digests: dict[str, str] = {}
+    lock, stop = threading.Lock(), threading.Event()
+    total = sum(job.num_bytes for job in jobs)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title, file=sys.stderr, mininterval=0.5) as bar:
+
+        def progress(num_bytes: int) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            with lock:
+                bar.update(num_bytes)
+
+        def do(job: Job) -> dict[str, str]:
+            if job.name in done and writer.read_back(job) == done[job.name]:
+                progress(job.num_bytes)
+                return done[job.name]
+            written = writer.write(job, progress)
+            with lock:
+                journal.write(json.dumps({"job": job.name, "digests": written}) + "\n")
+                journal.flush()
+            return written
+
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(do, job) for job in sorted(jobs, key=lambda job: -job.num_bytes)]
+            try:
+                for future in as_completed(futures):
+                    digests |= future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+    return digests
+
+
+@contextlib.contextmanager
+def _partial_folder(
+    output: Path, files: Sequence[OutputFile], jobs: Sequence[Job], cast: Cast | None, resume: bool
+) -> Iterator[tuple[Path, TextIO, dict[str, dict[str, str]]]]:
+    """The hidden folder to write in, its journal, and what the journal says is done; renamed to `output` at the end."""
+    partial = output.with_name(f".{output.name}.partial")
+    _refuse_existing(output)
+    if partial.exists() and not resume:
+        raise ConversionError(
+            f"an interrupted conversion to {output} lies in {partial}; add --resume to go on with it, or delete it"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        needed = sum(file.num_bytes for file in files)
+        free = shutil.disk_usage(output.parent).free
+        if partial.exists():
+            free += sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
+        if needed > free:
+            raise ConversionError(
+                f"--output {output} needs {needed / 1e9:.2f} GB, but {output.parent} has {free / 1e9:.2f} GB free"
+            )
+        partial.mkdir(exist_ok=True)
+        journal = open(partial / "journal.jsonl", "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise ConversionError(f"--output {output} cannot be written: {error.strerror}: {error.filename}") from error
+    try:
+        _lock(journal, output)
+        done = _read_journal(journal, _fingerprint(jobs, cast), output)
+        yield partial, journal, done
+        (partial / "journal.jsonl").unlink()
+        for path in (partial, *partial.rglob("*")):
+            _fsync(path)
+        _refuse_existing(output)
+        os.rename(partial, output)
+        _fsync(output.parent)
+    except KeyboardInterrupt:
+        print(f"interrupted; --resume goes on with what is in {partial}", file=sys.stderr)
+        raise
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"--output {output}: the disk is full; free {needed / 1e9:.2f} GB, or write somewhere else"
+        else:
+            message = f"--output {output}: {error}"
+        raise ConversionError(message) from error
+    except _LeaveAlone:
+        raise
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        journal.close()
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise ConversionError(f"--output {output} exists; remove it, or choose another")
+
+
+def _lock(journal: TextIO, output: Path) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise _LeaveAlone(f"another process is converting to {output}; wait for it, or choose another") from error
+
+
+class _LeaveAlone(ConversionError):
+    """What lies in the partial folder is not this process's to remove."""
+
+
+def _fingerprint(jobs: Sequence[Job], cast: Cast | None) -> str:
+    """Changes with the input files (size, time of change), the plan of what goes where, and the cast."""
+    state = hashlib.sha256(repr(cast).encode())
+    paths = set()
+    for job in jobs:
+        state.update(repr(job).encode())
+        paths |= {extent.path for piece in job.pieces for _, extent in piece.parts}
+    for path in sorted(paths):
+        stat = os.stat(path)
+        state.update(repr((path, stat.st_size, stat.st_mtime_ns)).encode())
+    return state.hexdigest()
+
+
+def _read_journal(journal: TextIO, fingerprint: str, output: Path) -> dict[str, dict[str, str]]:
+    """What an earlier process did; a last line cut short is dropped. Starts the journal when it is empty."""
+    journal.seek(0)
+    lines = []
+    for text in journal.read().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    if not lines:
+        journal.write(json.dumps({"fingerprint": fingerprint}) + "\n")
+        journal.flush()
+        return {}
+    if lines[0].get("fingerprint") != fingerprint:
+        raise _LeaveAlone(
+            f"--resume: the interrupted conversion to {output} was of other input, or with other settings; "
+            f"repeat its command, or delete {output.with_name(f'.{output.name}.partial')}"
+        )
+    journal.write("\n")  # ends a line that was cut short
+    return {line["job"]: line["digests"] for line in lines[1:] if "job" in line}
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,114 @@
+"""The logits of a checkpoint of either kind, computed by transformers' own layers, one layer in memory at a time.
+
+Float32 throughout. The embedding is read row by row, the head in blocks of rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from remax_megatron.convert.verify import open_model
+from remax_megatron.model.hf_folder import HF_EMBEDDING, HF_HEAD, FolderError, HfWeights
+from remax_megatron.model.mapped import MappedFiles
+from remax_megatron.model.megatron_folder import MegatronWeights, model_folder
+
+HEAD_ROWS = 8192  # rows of the head that are multiplied at once
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
+    "请用一句话介绍你自己。",
+)
+NUM_IDS = 24  # tokens per prompt where there is no tokenizer
+
+
+class StreamedModel:
+    """A Qwen2 whose weights stay on disk. `logits` needs the memory of one layer in float32."""
+
+    def __init__(self, folder: str | Path):
+        from transformers import Qwen2Config
+        from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+        self.folder = Path(folder)
+        self.weights: HfWeights | MegatronWeights
+        self.weights, self.facts = open_model(folder)
+        values = json.loads((model_folder(folder) / "config.json").read_text())
+        self.config = Qwen2Config.from_dict(values)
+        self.config._attn_implementation = "sdpa"
+        self._rotary = Qwen2RotaryEmbedding(self.config)
+        self._maps = MappedFiles()
+
+    def _rows(self, name: str, row: int, num_rows: int) -> Tensor:
+        """[num_rows, H] in float32."""
+        data = bytearray()
+        for extent in self.weights.extents(name, row, num_rows):
+            data += self._maps.read(extent)
+            self._maps.release(extent)
+        return torch.frombuffer(data, dtype=self.weights.dtype(name)).reshape(num_rows, -1).float()
+
+    @torch.no_grad()
+    def logits(self, prompts: list[list[int]]) -> list[Tensor]:
+        """[T, V] in float32 for each prompt of T token ids."""
+        from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+
+        facts = self.facts
+        hidden = [torch.cat([self._rows(HF_EMBEDDING, token, 1) for token in ids])[None] for ids in prompts]
+        positions = [torch.arange(len(ids))[None] for ids in prompts]
+        rotations = [self._rotary(states, place) for states, place in zip(hidden, positions, strict=True)]
+        with torch.device("meta"):
+            layer, norm = Qwen2DecoderLayer(self.config, 0), Qwen2RMSNorm(facts.hidden_size, facts.rms_norm_eps)
+        for number in tqdm(range(facts.num_layers), desc=f"layers of {self.folder}", file=sys.stderr):
+            prefix = f"model.layers.{number}."
+            self._load(layer, prefix)
+            for i, states in enumerate(hidden):
+                # Without a mask transformers' attention is causal; every prompt is a batch of its own.
+                out = layer(states, attention_mask=None, position_ids=positions[i], position_embeddings=rotations[i])
+                hidden[i] = out[0] if isinstance(out, tuple) else out
+            layer.to("meta")
+        self._load(norm, "model.norm.")
+        head = HF_EMBEDDING if facts.tied_embeddings else HF_HEAD
+        last = [norm(states)[0] for states in hidden]
+        parts: list[list[Tensor]] = [[] for _ in prompts]
+        for top in range(0, facts.vocab_size, HEAD_ROWS):
+            rows = self._rows(head, top, min(HEAD_ROWS, facts.vocab_size - top))
+            for mine, states in zip(parts, last, strict=True):
+                mine.append(states @ rows.T)
+        return [torch.cat(mine, dim=1) for mine in parts]
+
+    def _load(self, module: torch.nn.Module, prefix: str) -> None:
+        """Give `module` its weights; those it had are forgotten first."""
+        module.to("meta")
+        tensors = {}
+        for name in module.state_dict():
+            rows = self.weights.shape(prefix + name)
+            tensors[name] = self._rows(prefix + name, 0, rows[0]).reshape(rows)
+        module.load_state_dict(tensors, assign=True)
+
+
+def prompt_ids(folder: str | Path, vocab_size: int) -> list[list[int]]:
+    """The prompts as token ids: by the tokenizer of `folder`, else drawn from the vocabulary, always the same."""
+    folder = model_folder(folder)
+    if not (folder / "tokenizer.json").is_file():
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(vocab_size, (len(PROMPTS), NUM_IDS), generator=generator).tolist()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return [ids for ids in (tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS) if ids]
+
+
+def max_logit_difference(a: str | Path, b: str | Path) -> float:
+    """Largest absolute difference of two models' logits over the prompts. FolderError when vocabularies differ."""
+    models = [StreamedModel(folder) for folder in (a, b)]
+    sizes = [model.facts.vocab_size for model in models]
+    if sizes[0] != sizes[1]:
+        raise FolderError(f"--logits: the vocabularies have {sizes[0]} rows in {a} and {sizes[1]} in {b}")
+    prompts = prompt_ids(a, sizes[0])
+    first, second = (model.logits(prompts) for model in models)
+    return max((left - right).abs().max().item() for left, right in zip(first, second, strict=True))

@@ -1,0 +1,144 @@
+"""A Megatron checkpoint folder as a source of Hugging Face tensors, and the choice between the two kinds of folder.
+
+    DIR/latest_checkpointed_iteration.txt    "0", "120", or "release"
+    DIR/iter_0000000/                        the checkpoint (see model.torch_dist)
+    DIR/config.json, tokenizer files, ...    what makes the folder a model
+
+The checkpoint's own folder (iter_0000000) is taken as well; config.json may lie beside or above it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.model.hf_folder import FolderError, HfWeights, check_folder, expected_shapes
+from remax_megatron.model.mapped import Extent, MappedFiles
+from remax_megatron.model.torch_dist import TorchDist, saved_key
+from remax_megatron.model.weight_table import WeightEntry, row_runs, weight_table
+
+TRACKER = "latest_checkpointed_iteration.txt"
+MODEL_PREFIXES = ("decoder.", "embedding.", "output_layer.")  # what else there is belongs to the optimizer and the run
+
+
+def is_megatron_folder(folder: str | Path) -> bool:
+    folder = Path(folder)
+    return (folder / TRACKER).is_file() or (folder / ".metadata").is_file()
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """The folder with `.metadata` in it. FolderError when the tracker file names none."""
+    folder = Path(folder)
+    if (folder / ".metadata").is_file():
+        return folder
+    tracker = folder / TRACKER
+    try:
+        text = tracker.read_text().strip()
+    except OSError as error:
+        raise FolderError(f"{folder} holds neither {TRACKER} nor .metadata: not a Megatron checkpoint") from error
+    name = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else None
+    if name is None:
+        raise FolderError(f"{tracker} says {text!r}, expected the number of an iteration or release")
+    if not (folder / name / ".metadata").is_file():
+        raise FolderError(f"{tracker} says {text}, but {folder / name} holds no .metadata: a damaged checkpoint")
+    return folder / name
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The folder whose config.json and tokenizer belong to the weights in `folder`: itself, or the one above."""
+    folder = Path(folder)
+    above = folder.resolve().parent
+    return above if not (folder / "config.json").is_file() and (above / "config.json").is_file() else folder
+
+
+class MegatronWeights:
+    """The weights of a Megatron checkpoint under their Hugging Face names, read where they lie.
+
+    FolderError when tensors are missing, extra or misshapen for a model of `facts`.
+    """
+
+    def __init__(self, folder: str | Path, facts: ModelFacts):
+        self.folder = Path(folder)
+        self._stored = TorchDist(checkpoint_folder(folder))
+        self._maps = MappedFiles()
+        self._shapes = expected_shapes(facts)
+        self._made_of: dict[str, tuple[WeightEntry, list[tuple[int, int]]]] = {}
+        for entry in weight_table(facts):
+            by_name: dict[str, list[tuple[int, int, int]]] = {name: [] for name in entry.hf_names}
+            for run in row_runs(entry, facts):
+                by_name[run.hf_name].append((run.hf_row, run.megatron_row, run.num_rows))
+            for name, runs in by_name.items():
+                self._made_of[name] = entry, [(row, count) for _, row, count in sorted(runs)]
+        self._stacked = not any(key.startswith("decoder.layers.0.") for key in self._stored.tensors)
+        self._check(facts)
+
+    def _key(self, entry: WeightEntry) -> tuple[str, int | None]:
+        """(key, layer within it): the layers lie stacked in one tensor, or each under its own number."""
+        key = saved_key(entry)
+        if entry.layer is None or self._stacked:
+            return key, entry.layer
+        return key.replace("decoder.layers.", f"decoder.layers.{entry.layer}."), None
+
+    def _check(self, facts: ModelFacts) -> None:
+        tensors = self._stored.tensors
+        expected: dict[str, tuple[int, ...]] = {}
+        for entry in weight_table(facts):
+            key, layer = self._key(entry)
+            dims = (sum(shape[0] for shape in entry.hf_shapes), *entry.hf_shapes[0][1:])
+            expected[key] = dims if layer is None else (facts.num_layers, *dims)
+            if key not in tensors:
+                raise FolderError(f"{self._stored.folder}: the tensor {key} is missing")
+            found = tensors[key].shape
+            padded = entry.kind == "vocab" and found[1:] == dims[1:] and found[0] >= dims[0]
+            if found != expected[key] and not padded:
+                raise FolderError(f"{self._stored.folder}: {key} has shape {found}, config.json says {expected[key]}")
+        ours = {key for key in tensors if key.startswith(MODEL_PREFIXES) and not key.endswith("_extra_state")}
+        if extra := sorted(ours - expected.keys()):
+            raise FolderError(
+                f"{self._stored.folder}: {len(extra)} tensors do not belong to the model of config.json, "
+                f"first {extra[0]}"
+            )
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stored.tensors[self._key(self._made_of[name][0])[0]].dtype
+
+    def extents(self, name: str, row: int = 0, num_rows: int | None = None) -> list[Extent]:
+        """Where the bytes of the Hugging Face tensor `name` lie, from its row `row` on."""
+        entry, runs = self._made_of[name]
+        key, layer = self._key(entry)
+        stop = self._shapes[name][0] if num_rows is None else row + num_rows
+        extents: list[Extent] = []
+        top = 0  # row of the Hugging Face tensor where the run begins
+        for start, count in runs:
+            first, last = max(row - top, 0), min(stop - top, count)
+            if first < last:
+                extents += self._stored.rows(key, layer, start + first, start + last)
+            top += count
+        return extents
+
+    def get(self, name: str) -> Tensor:
+        """The whole tensor, copied into memory."""
+        data = bytearray()
+        for extent in self.extents(name):
+            data += self._maps.read(extent)
+            self._maps.release(extent)
+        return torch.frombuffer(data, dtype=self.dtype(name)).reshape(self._shapes[name])
+
+
+def open_weights(folder: str | Path, facts: ModelFacts) -> HfWeights | MegatronWeights:
+    """The weights in `folder`, of either kind, checked against `facts`. FolderError when they do not fit."""
+    if is_megatron_folder(folder):
+        return MegatronWeights(folder, facts)
+    weights = HfWeights(folder)
+    check_folder(weights, facts)
+    return weights

@@ -1,0 +1,387 @@
+"""Megatron's `torch_dist` checkpoint format, written and read without Megatron and without running a pickle.
+
+A checkpoint folder holds `metadata.json` (which format), `common.pt` (a small pickled dict), `.metadata` (a pickled
+index: every tensor's shape, type and chunks, and where each chunk lies) and `*.distcp` files, in which every chunk is
+what `torch.save` makes of it. Formats: megatron-core 0.16.1 `dist_checkpointing/strategies/torch.py`, torch 2.13
+`distributed/checkpoint/filesystem.py`.
+
+Reading goes through `_InertUnpickler`: it builds plain records, imports nothing, and calls nothing that the file
+names, so a payload in `.metadata` cannot run. The chunks' bytes are read where they lie.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remax_megatron.model.hf_folder import FolderError
+from remax_megatron.model.mapped import Extent
+from remax_megatron.model.weight_table import FINAL_NORM, WeightEntry
+
+# Megatron's local layers are saved under the names of Transformer Engine's fused ones
+# (gpt_layer_specs.py: sharded_state_dict_keys_map), and the layers are stacked along a first dimension.
+SAVED_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+# Megatron asks for these objects of every layer when it loads; without FP8 they hold None. The last one is asked for by
+# Transformer Engine's attention up to megatron-core 0.14; what a model does not ask for is not read.
+EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "self_attention.core_attention",
+)
+ITEM_ALIGNMENT = 64  # bytes; torch.save aligns the data to it within an item
+
+
+def saved_key(entry: WeightEntry) -> str:
+    """The name of `entry` in a checkpoint, for all layers the same."""
+    if entry.layer is None:
+        return entry.megatron_name
+    in_layer = entry.megatron_name.split("{layer}.")[1]
+    return f"decoder.layers.{SAVED_NAMES.get(in_layer, in_layer)}"
+
+
+def extra_state_keys(num_layers: int) -> list[str]:
+    layers = [
+        f"decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}"
+        for layer in range(num_layers)
+        for name in EXTRA_STATES
+    ]
+    return [*layers, f"{FINAL_NORM.removesuffix('.weight')}._extra_state/shard_0_1"]
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One chunk of the tensor `key` and where it is written: bytes `start` to `end` of `file`, data at `data`."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    data: int
+    end: int
+
+
+class _Sink(io.RawIOBase):
+    """Keeps what is written and where; torch.save steps over the tensor's own bytes by seeking."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.writes: list[tuple[int, bytes]] = []
+
+    def write(self, data: Any) -> int:
+        self.writes.append((self.position, bytes(data)))
+        self.position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.position = offset + (self.position if whence == io.SEEK_CUR else 0)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+
+@functools.cache
+def item_wrapper(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the bytes of a tensor."""
+    sink = _Sink()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), sink)  # never touched, so it takes no memory
+    size = torch.Size(shape).numel() * dtype.itemsize
+    before, after = bytearray(), bytearray()
+    for position, data in sink.writes:
+        part = before if position == len(before) else after
+        assert position == len(before) + (size + len(after) if part is after else 0), (position, shape)
+        part += data
+    return bytes(before), bytes(after)
+
+
+def object_item(value: object) -> bytes:
+    """A ShardedObject's bytes: Megatron pickles the list of a rank's objects."""
+    buffer = io.BytesIO()
+    torch.save([value], buffer)
+    return buffer.getvalue()
+
+
+def metadata(items: Iterable[Item], objects: Iterable[tuple[str, str, int, int]], dtype: torch.dtype) -> bytes:
+    """The content of `.metadata` for chunks of type `dtype` and for objects (key, file, start, size)."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
+    tensors: dict[str, Any] = {}
+    places: dict[Any, Any] = {}
+    for item in items:
+        offsets, shape = torch.Size(item.offsets), torch.Size(item.shape)
+        size = torch.Size(item.global_shape)
+        tensors.setdefault(item.key, TensorStorageMetadata(TensorProperties(dtype=dtype), size, []))
+        tensors[item.key].chunks.append(ChunkStorageMetadata(offsets, shape))
+        places[MetadataIndex(item.key, offsets)] = _StorageInfo(item.file, item.start, item.end - item.start)
+    for key, file, start, size in objects:
+        tensors[key] = BytesStorageMetadata()
+        places[MetadataIndex(key)] = _StorageInfo(file, start, size)
+    return pickle.dumps(Metadata(state_dict_metadata=tensors, planner_data={}, storage_data=places))
+
+
+def common_files() -> dict[str, bytes]:
+    """`metadata.json` and `common.pt`, as Megatron-LM reads them (training/checkpointing.py, core_r0.15 and later)."""
+    formats = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    formats |= {"common_backend": "torch", "common_backend_version": 1}
+    common = io.BytesIO()
+    content = {
+        "checkpoint_version": 3.0,  # below 2.0 the QKV rows would be put in another order
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False},  # layers stacked, gate and up in one tensor
+    }
+    torch.save(content, common)
+    return {"metadata.json": json.dumps(formats).encode(), "common.pt": common.getvalue()}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+class _Record:
+    """Stands in for whatever class a pickle names: keeps the arguments and the state, does nothing."""
+
+    def __init__(self, *args: object):
+        self.args = args
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Builds records, tuples and torch dtypes; FolderError for any name outside `packages`."""
+
+    def __init__(self, file: Any, path: str, packages: tuple[str, ...]):
+        super().__init__(file)
+        self._path, self._packages = path, packages
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] not in self._packages:
+            raise FolderError(
+                f"{self._path} names {module}.{name}, which no checkpoint needs; nothing of it was run. "
+                "Do not load this checkpoint with other tools either"
+            )
+        if module == "torch" and name == "Size":
+            return tuple
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        return type(name, (_Record,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+def _unpickle(file: Any, path: str, packages: tuple[str, ...]) -> Any:
+    try:
+        return _InertUnpickler(file, path, packages).load()
+    except FolderError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        raise FolderError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A block of a stored tensor and the torch.save'd item that holds it."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    path: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the checkpoint: its whole shape, its type, its chunks."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: list[Chunk]
+
+
+class TorchDist:
+    """The tensors of one checkpoint folder (the one with `.metadata` in it), and where their bytes lie."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._data_starts: dict[Chunk, int] = {}
+        formats = self._formats()
+        if formats.get("sharded_backend") != "torch_dist":
+            raise FolderError(
+                f"{self.folder / 'metadata.json'} says sharded_backend={formats.get('sharded_backend')!r}, "
+                "expected 'torch_dist'; save the checkpoint with --ckpt-format torch_dist"
+            )
+        path = self.folder / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                index = _unpickle(file, str(path), ("torch", "megatron", "collections", "pathlib", "_codecs"))
+        except OSError as error:
+            raise FolderError(f"{path} cannot be read: {error}") from error
+        try:
+            self.tensors = self._tensors(index)
+        except (AttributeError, TypeError, ValueError, IndexError) as error:
+            raise FolderError(f"{path} is not the index of a checkpoint: {type(error).__name__}: {error}") from error
+
+    def _formats(self) -> dict:
+        path = self.folder / "metadata.json"
+        try:
+            formats = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise FolderError(f"{self.folder} is not a distributed checkpoint: metadata.json: {error}") from error
+        return formats if isinstance(formats, dict) else {}
+
+    def _tensors(self, index: Any) -> dict[str, StoredTensor]:
+        places = {
+            (key.fqn, tuple(getattr(key, "offset", None) or ())): (
+                str(self.folder / info.relative_path),
+                info.offset,
+                info.length,
+            )
+            for key, info in index.storage_data.items()
+        }
+        tensors = {}
+        for key, stored in index.state_dict_metadata.items():
+            if not hasattr(stored, "chunks"):
+                continue  # an object
+            dtype = stored.properties.state[0] if hasattr(stored.properties, "state") else stored.properties.dtype
+            chunks = []
+            for chunk in stored.chunks:
+                if (key, chunk.offsets) not in places:
+                    raise FolderError(f"{self.folder}: no file holds the chunk of {key} at {chunk.offsets}")
+                chunks.append(Chunk(chunk.offsets, chunk.sizes, *places[key, chunk.offsets]))
+            tensors[key] = StoredTensor(stored.size, dtype, sorted(chunks, key=lambda chunk: chunk.offsets))
+        return tensors
+
+    def rows(self, key: str, layer: int | None, start: int, stop: int) -> list[Extent]:
+        """The bytes of rows `start` to `stop` of `key` (of its layer `layer` when the layers are stacked), in order."""
+        tensor = self.tensors[key]
+        lead = () if layer is None else (layer,)
+        dims = tensor.shape[len(lead) :]
+        width = torch.Size(dims[1:]).numel()
+        itemsize = tensor.dtype.itemsize
+        chunks = [chunk for chunk in tensor.chunks if chunk.offsets[: len(lead)] == lead]
+        extents: list[Extent] = []
+        row = start
+        while row < stop:
+            band = [c for c in chunks if c.offsets[len(lead)] <= row < c.offsets[len(lead)] + c.shape[len(lead)]]
+            widths = [torch.Size(chunk.shape[len(lead) + 1 :]).numel() for chunk in band]
+            end = min((c.offsets[len(lead)] + c.shape[len(lead)] for c in band), default=row)
+            columns = [0, *itertools.accumulate(widths)]
+            whole = len(dims) == 1 or [c.offsets[len(lead) + 1] for c in band] == columns[:-1]
+            if sum(widths) != width or not whole:
+                raise FolderError(f"{self.folder}: the chunks of {key} do not cover its row {row} exactly once")
+            end = min(end, stop)
+            places = [
+                (chunk.path, self._data_start(key, chunk, tensor.dtype), chunk.offsets[len(lead)], w * itemsize)
+                for chunk, w in zip(band, widths, strict=True)
+            ]
+            step = end - row if len(band) == 1 else 1
+            extents += [
+                Extent(path, data + (first - top) * row_bytes, step * row_bytes)
+                for first in range(row, end, step)
+                for path, data, top, row_bytes in places
+            ]
+            row = end
+        return extents
+
+    def _data_start(self, key: str, chunk: Chunk, dtype: torch.dtype) -> int:
+        """Where in the file the chunk's raw bytes begin. FolderError when the item is not the tensor it should be."""
+        if chunk not in self._data_starts:
+            try:
+                self._data_starts[chunk] = _find_data(chunk, dtype)
+            except (OSError, zipfile.BadZipFile, struct.error, KeyError, ValueError, AttributeError) as error:
+                raise FolderError(f"{chunk.path} does not hold {key} at byte {chunk.start}: {error}") from error
+        return self._data_starts[chunk]
+
+
+class _Window(io.RawIOBase):
+    """`size` bytes of a file from `start` on, as a file."""
+
+    def __init__(self, path: str, start: int, size: int):
+        self._file, self._start, self._size = open(path, "rb"), start, size  # noqa: SIM115
+        self._position = 0
+        self._file.seek(0, io.SEEK_END)
+        if self._file.tell() < start + size:
+            self._file.close()
+            raise OSError("the file is too short")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._position)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _find_data(chunk: Chunk, dtype: torch.dtype) -> int:
+    """ValueError when the item holds no contiguous little-endian tensor of the chunk's shape and type."""
+    with _Window(chunk.path, chunk.start, chunk.size) as window, zipfile.ZipFile(window) as archive:
+        records = {record.filename.split("/", 1)[1]: record for record in archive.infolist()}
+        tensor = _unpickle(
+            io.BytesIO(archive.read(records["data.pkl"])), chunk.path, ("torch", "collections", "_codecs")
+        )
+        if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
+            raise ValueError("its bytes are not in little-endian order")
+        (_, storage, key, *_), offset, shape, stride = tensor.args[:4]
+        steps = torch.empty(chunk.shape, device="meta").stride()
+        stored = (storage.__name__, tuple(shape))
+        wanted = (torch.empty(0, dtype=dtype).type().removeprefix("torch.").replace("Tensor", "Storage"), chunk.shape)
+        if stored != wanted or (tuple(stride) != steps and 0 not in chunk.shape):
+            raise ValueError(f"expected {wanted}, contiguous; found {stored} with strides {stride}")
+        data = records[f"data/{key}"]
+        if data.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it is compressed")
+        window.seek(data.header_offset + 26)
+        name_size, extra_size = struct.unpack("<HH", window.read(4))
+        return chunk.start + data.header_offset + 30 + name_size + extra_size + offset * dtype.itemsize
