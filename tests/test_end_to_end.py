@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from remax_megatron.config.load import load_config
+from remax_megatron.convert import hf_to_megatron
 from remax_megatron.metrics import read_metrics
 from remax_megatron.types import Row
 from tests.ranks import run_ranks
@@ -86,6 +87,20 @@ def first_run(torchrun, demo_policy, tmp_path_factory) -> Path:
     assert "Epoch 1, Step 1: Dynamic Batch: " in finished.output
     assert "Validation Accuracy: " in finished.output
     return run_dir
+
+
+def test_a_megatron_checkpoint_trains_like_the_folder_it_came_from(torchrun, first_run, demo_policy, tmp_path):
+    hf_to_megatron.convert(demo_policy, tmp_path / "megatron")
+    finished = torchrun(2, overrides(str(tmp_path / "megatron"), tmp_path / "run", 1, 1, 1))
+    assert finished.code == 0, finished.output
+
+    def measured(run_dir: Path) -> list[dict]:
+        timings = ("time/", "throughput/", "seconds", "gb_per_s", "memory/")
+        records = read_metrics(run_dir / "metrics.jsonl")
+        return [{k: v for k, v in record.items() if not any(t in k for t in timings)} for record in records]
+
+    assert measured(tmp_path / "run") == measured(first_run)
+    assert len(measured(first_run)[1]) > 25
 
 
 def check_metrics(run_dir: Path) -> None:

@@ -17,9 +17,11 @@ from remax_megatron.model.weight_table import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    RowRun,
     WeightEntry,
     owner,
     padded_vocab_size,
+    row_runs,
     shard_shape,
     to_hf,
     to_megatron,
@@ -151,6 +153,51 @@ def test_gate_up_and_row_cuts_by_hand() -> None:
     fc2 = entry_named(shape, "decoder.layers.{layer}.mlp.linear_fc2.weight")
     down = {"model.layers.0.mlp.down_proj.weight": torch.tensor([[1.0, 2.0, 3.0, 4.0]])}
     assert [to_megatron(fc2, down, shape, 2, r).tolist() for r in range(2)] == [[[1, 2]], [[3, 4]]]
+
+
+def test_row_runs_by_hand() -> None:
+    # 4 query heads in 2 groups, 2 rows a head; 5 rows of vocabulary padded to 128.
+    shape = facts(hidden=1, ffn=4, heads=4, kv=2, head_dim=2)
+    for what in ("weight", "bias"):
+        q, k, v = (f"model.layers.0.self_attn.{x}_proj.{what}" for x in "qkv")
+        assert row_runs(entry_named(shape, f"decoder.layers.{{layer}}.self_attention.linear_qkv.{what}"), shape) == [
+            RowRun(q, hf_row=0, megatron_row=0, num_rows=4),  # q0 q1
+            RowRun(k, 0, 4, 2),
+            RowRun(v, 0, 6, 2),
+            RowRun(q, 4, 8, 4),  # q2 q3
+            RowRun(k, 2, 12, 2),
+            RowRun(v, 2, 14, 2),
+        ]
+    gate, up = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("gate", "up"))
+    fc1 = entry_named(shape, "decoder.layers.{layer}.mlp.linear_fc1.weight")
+    assert row_runs(fc1, shape) == [RowRun(gate, 0, 0, 4), RowRun(up, 0, 4, 4)]
+    embedding = entry_named(shape, EMBEDDING)
+    assert row_runs(embedding, shape) == [RowRun("model.embed_tokens.weight", 0, 0, 5)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes_and_tp(), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 2**31))
+def test_row_runs_rebuild_the_whole_tensor(case: tuple[ModelFacts, int], dtype: torch.dtype, seed: int) -> None:
+    shape, _ = case
+    generator = torch.Generator().manual_seed(seed)
+    for entry in weight_table(shape):
+        dims_of = dict(zip(entry.hf_names, entry.hf_shapes, strict=True))
+        hf = {name: random_bits(dims, dtype, generator) for name, dims in dims_of.items()}
+        whole = to_megatron(entry, hf, shape, 1, 0)
+        rebuilt = torch.zeros_like(whole)
+        used = {name: [0] * dims[0] for name, dims in dims_of.items()}
+        runs = row_runs(entry, shape)
+        end = 0
+        for run in runs:
+            assert run.num_rows > 0 and run.megatron_row == end  # in order, no gap: padding comes last
+            end += run.num_rows
+            rebuilt[run.megatron_row : end] = hf[run.hf_name][run.hf_row : run.hf_row + run.num_rows]
+            for row in range(run.hf_row, run.hf_row + run.num_rows):
+                used[run.hf_name][row] += 1
+        assert as_bytes(rebuilt) == as_bytes(whole)
+        assert all(count == 1 for counts in used.values() for count in counts)
+        for run, after in zip(runs, runs[1:], strict=False):  # the longest possible
+            assert (run.hf_name, run.hf_row + run.num_rows) != (after.hf_name, after.hf_row)
 
 
 def test_shard_shapes_of_qwen25_3b_at_tp_4() -> None:
