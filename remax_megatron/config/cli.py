@@ -42,7 +42,7 @@ presets (--config-name, default demo), from {folder}:
 {presets}
 
 settings that are often changed (all of them: --cfg job):
-  actor_rollout_ref.model.path=FOLDER_OR_HUB_ID      the model to train
+  actor_rollout_ref.model.path=FOLDER_OR_HUB_ID      the model to train (Hugging Face, or converted to Megatron)
   data.train_files=FILE data.val_files=FILE          parquet, JSON or JSONL; a list is written [FILE,FILE]
   data.train_batch_size=512                          prompts per rollout batch
   actor_rollout_ref.rollout.n=4                      sampled answers per prompt

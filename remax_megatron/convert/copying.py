@@ -91,7 +91,7 @@ class Report:
     def __str__(self) -> str:
         rate = self.num_bytes / 1e9 / self.seconds
         return (
-            f"{self.num_bytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s), peak memory {peak_gib():.2f} GiB"
+            f"{self.num_bytes / 1e9:.2f} GB in {self.seconds:.2f} s ({rate:.2f} GB/s), peak memory {peak_gib():.2f} GiB"
         )
 
 
@@ -114,6 +114,7 @@ def write_folder(
     files: Sequence[OutputFile],
     jobs: Sequence[Job],
     *,
+    started: float,
     finish: Callable[[Path, dict[str, str]], None],
     cast: Cast | None = None,
     workers: int | None = None,
@@ -122,11 +123,12 @@ def write_folder(
 ) -> Report:
     """Write `files` in the new folder `output`; `finish(folder, digests)` then adds the small files.
 
+    `started` is when the conversion began (time.perf_counter), for the report.
+
     ConversionError when `output` exists or cannot be written, the disk is full, or an interrupted conversion to
     `output` was left behind (without `resume`) or was started from other input (with it).
     """
     output = Path(output)
-    started = time.perf_counter()
     with _partial_folder(output, files, jobs, cast, resume) as (partial, journal, done):
         writer = _Writer(partial, files, cast)
         try:

@@ -9,7 +9,11 @@ bytes are copied from file to file (with --dtype, block by block).
 
 from __future__ import annotations
 
+import argparse
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +28,7 @@ from remax_megatron.model.torch_dist import (
     Item,
     common_files,
     extra_state_keys,
+    import_metadata_classes,
     item_wrapper,
     metadata,
     object_item,
@@ -49,6 +54,7 @@ def convert(
 
     UserError (FolderError, ConfigError, ConversionError), with `output` absent, when that cannot be done.
     """
+    started = time.perf_counter()
     hf, output = Path(hf), Path(output)
     facts = ModelFacts.from_folder(hf, setting="--hf")
     weights = HfWeights(hf)
@@ -61,6 +67,7 @@ def convert(
         raise ConversionError(f"--hf {hf} holds tensors of types {sorted(map(str, stored))}; save it in one type first")
     (source_dtype,) = stored
     target = dtype or source_dtype
+    threading.Thread(target=import_metadata_classes, daemon=True).start()  # takes seconds; copying takes no less
     plan = _Plan(facts, weights, source_dtype, target)
 
     def finish(folder: Path, digests: dict[str, str]) -> None:
@@ -70,7 +77,7 @@ def convert(
         (checkpoint / ".metadata").write_bytes(metadata(plan.items, plan.objects, target))
         for name, content in side_files(hf, target).items():
             (folder / name).write_bytes(content)
-        more = {}
+        more: dict[str, Any] = {}
         if target == source_dtype and weights.names == set(shapes):
             index = hf / INDEX
             more["hf_files"] = {name: file.header for name, file in weights.files.items()}
@@ -82,6 +89,7 @@ def convert(
         output,
         plan.files,
         plan.jobs,
+        started=started,
         finish=finish,
         cast=None if target == source_dtype else Cast(source_dtype, target),
         workers=workers,
@@ -180,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add("--dtype", choices=DTYPES, help="type of the checkpoint's weights (default: as stored)")
     command.add_writing_options()
 
-    def body(options) -> int:
+    def body(options: argparse.Namespace) -> int:
         dtype = DTYPES.get(options.dtype)
         report = convert(options.hf, options.output, dtype=dtype, workers=options.workers, resume=options.resume)
         print(f"{options.output}: {report}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import time
 from pathlib import Path
 
 from remax_megatron.config.model_facts import ModelFacts
@@ -39,6 +40,7 @@ def convert(
     `max_shard_bytes` None: the files the checkpoint came from, or files of up to 5 GB.
     UserError (FolderError, ConfigError, ConversionError), with `output` absent, when that cannot be done.
     """
+    started = time.perf_counter()
     megatron, output = Path(megatron), Path(output)
     if not is_megatron_folder(megatron):
         raise ConversionError(f"--megatron {megatron} is not a Megatron checkpoint: no such folder, or no .metadata")
@@ -76,7 +78,14 @@ def convert(
         write_manifest(folder, shapes, dtype, digests)
 
     return write_folder(
-        output, files, jobs, finish=finish, workers=workers, resume=resume, title="Megatron -> Hugging Face"
+        output,
+        files,
+        jobs,
+        started=started,
+        finish=finish,
+        workers=workers,
+        resume=resume,
+        title="Megatron -> Hugging Face",
     )
 
 
@@ -106,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_writing_options()
 
-    def body(options) -> int:
+    def body(options: argparse.Namespace) -> int:
         report = convert(
             options.megatron,
             options.output,

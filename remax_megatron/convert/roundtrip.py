@@ -8,6 +8,7 @@ has equal bytes, and every weights file is equal to the one it came from; 1: not
 
 from __future__ import annotations
 
+import argparse
 import filecmp
 import tempfile
 from pathlib import Path
@@ -24,7 +25,7 @@ def roundtrip(folder: str | Path, work: Path, workers: int | None = None) -> Ver
     folder = Path(folder)
     print(f"there: {hf_to_megatron.convert(folder, work / 'megatron', workers=workers)}")
     print(f"back:  {megatron_to_hf.convert(work / 'megatron', work / 'hf', workers=workers)}")
-    verdict = compare(folder, work / "hf", workers)
+    verdict = compare(folder, work / "hf", workers=workers)
     weights = HfWeights(folder)
     if weights.names == set(verdict.tensors):  # nothing was left out, so the files can be the same
         unequal = filecmp.cmpfiles(folder, work / "hf", list(weights.files), shallow=False)
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add("--keep", action="store_true", help="leave the copies in --work")
     command.add_workers()
 
-    def body(options) -> int:
+    def body(options: argparse.Namespace) -> int:
         if options.work and not Path(options.work).is_dir():
             raise ConversionError(f"--work {options.work}: there is no such folder")
         if options.keep and not options.work:

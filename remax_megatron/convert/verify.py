@@ -12,8 +12,10 @@ Exit code 0: equal; 1: not; 2: a folder cannot be read.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,7 +68,7 @@ def read_tensors(folder: str | Path, workers: int | None = None) -> dict[str, Te
     total = sum(extent.num_bytes for name in shapes for extent in weights.extents(name))
     with tqdm(total=total, unit="B", unit_scale=True, desc=str(folder), file=sys.stderr, mininterval=0.5) as bar:
 
-        def views(name):
+        def views(name: str) -> Iterator[memoryview]:
             for extent in weights.extents(name):
                 maps.prefetch(extent)
             for block in blocks(weights.extents(name), BLOCK_BYTES):
@@ -86,7 +88,7 @@ def read_tensors(folder: str | Path, workers: int | None = None) -> dict[str, Te
             return dict(zip(shapes, pool.map(read, shapes), strict=True))
 
 
-def compare(a: str | Path, b: str | Path | None = None, workers: int | None = None) -> Verdict:
+def compare(a: str | Path, b: str | Path | None = None, *, workers: int | None = None) -> Verdict:
     """Compare the checkpoints in `a` and `b`, and each with its own manifest. FolderError when `a` alone has none."""
     found = {str(folder): read_tensors(folder, workers) for folder in (a, b) if folder is not None}
     verdict = Verdict(found[str(a)])
@@ -120,10 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     command.add("--json", metavar="FILE", help="write the digest of every tensor, and the differences, to FILE")
     command.add_workers()
 
-    def body(options) -> int:
+    def body(options: argparse.Namespace) -> int:
         if len(options.folders) > 2 or (options.logits and len(options.folders) != 2):
             raise FolderError("give two folders, or one to compare with its own manifest (without --logits)")
-        verdict = compare(*options.folders, workers=options.workers)
+        verdict = compare(options.folders[0], *options.folders[1:], workers=options.workers)
         if options.logits:
             from remax_megatron.convert.logits import max_logit_difference
 

@@ -280,8 +280,8 @@ def write_hf_folder(
             for open_file in files.values():
                 open_file.close()
         assert layout is not None and not missing, f"tensors that nobody sent: {sorted(missing)[:3]}"
-        for name, content in side_files(source, dtype).items():
-            (aside / name).write_bytes(content)
+        for name, data in side_files(source, dtype).items():
+            (aside / name).write_bytes(data)
         if layout.index is not None:
             (aside / INDEX).write_text(layout.index)
     return Path(folder)

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -106,7 +106,7 @@ def item_wrapper(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, byt
     """What torch.save writes before and after the bytes of a tensor."""
     sink = _Sink()
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), sink)  # never touched, so it takes no memory
+        torch.save(torch.empty(shape, dtype=dtype), cast(Any, sink))  # never touched, so it takes no memory
     size = torch.Size(shape).numel() * dtype.itemsize
     before, after = bytearray(), bytearray()
     for position, data in sink.writes:
@@ -121,6 +121,12 @@ def object_item(value: object) -> bytes:
     buffer = io.BytesIO()
     torch.save([value], buffer)
     return buffer.getvalue()
+
+
+def import_metadata_classes() -> None:
+    """Import what `metadata` needs: it brings all of torch.distributed.checkpoint, 2 s of it."""
+    import torch.distributed.checkpoint.filesystem
+    import torch.distributed.checkpoint.metadata  # noqa: F401
 
 
 def metadata(items: Iterable[Item], objects: Iterable[tuple[str, str, int, int]], dtype: torch.dtype) -> bytes:
@@ -139,8 +145,8 @@ def metadata(items: Iterable[Item], objects: Iterable[tuple[str, str, int, int]]
     places: dict[Any, Any] = {}
     for item in items:
         offsets, shape = torch.Size(item.offsets), torch.Size(item.shape)
-        size = torch.Size(item.global_shape)
-        tensors.setdefault(item.key, TensorStorageMetadata(TensorProperties(dtype=dtype), size, []))
+        whole = torch.Size(item.global_shape)
+        tensors.setdefault(item.key, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, []))
         tensors[item.key].chunks.append(ChunkStorageMetadata(offsets, shape))
         places[MetadataIndex(item.key, offsets)] = _StorageInfo(item.file, item.start, item.end - item.start)
     for key, file, start, size in objects:

@@ -1,0 +1,72 @@
+"""What every benchmark prints: where it ran, and one last line `RESULT name=value ...`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE_SECONDS = 0.02
+
+
+def machine() -> dict[str, object]:
+    """Processor, memory, versions and commit of this run."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_gib, 1),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def finish(result: dict[str, float], details: dict[str, object], json_file: str | None) -> None:
+    """Print the RESULT line; write it with all details to `json_file`."""
+    if json_file:
+        Path(json_file).write_text(json.dumps({"result": result} | details, indent=1) + "\n")
+    print("RESULT", " ".join(f"{name}={value:.3f}" for name, value in result.items()), flush=True)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """A finished process: wall time in seconds, largest resident and largest anonymous memory in GiB."""
+
+    seconds: float
+    peak_gib: float
+    peak_anon_gib: float
+    output: str
+
+
+def measured(command: list[str], timeout_s: float = 3600) -> Usage:
+    """Run `command` to its end and watch its memory. RuntimeError with its output when it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    peaks = {"VmHWM": 0, "RssAnon": 0}
+    try:
+        while process.poll() is None:
+            if time.perf_counter() - started > timeout_s:
+                raise RuntimeError(f"no end after {timeout_s} s: {' '.join(command)}")
+            try:
+                for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+                    name, _, value = line.partition(":")
+                    if name in peaks:
+                        peaks[name] = max(peaks[name], int(value.split()[0]))
+            except (FileNotFoundError, ProcessLookupError):
+                pass
+            time.sleep(SAMPLE_SECONDS)
+    finally:
+        process.kill()
+    seconds = time.perf_counter() - started
+    output = process.communicate()[0]
+    if process.returncode != 0:
+        raise RuntimeError(f"exit code {process.returncode}: {' '.join(command)}\n{output}")
+    return Usage(seconds, peaks["VmHWM"] / 2**20, peaks["RssAnon"] / 2**20, output)
