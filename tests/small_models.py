@@ -7,8 +7,19 @@ from pathlib import Path
 import torch
 
 
-def make_qwen2(folder: Path, *, tied: bool, vocab: int = 211, kv: int = 2, heads: int = 4, layers: int = 4, seed=0):
-    """A Qwen2 with head_dim 32 and random weights, biases and norms included; float32; returns the folder."""
+def make_qwen2(
+    folder: Path,
+    *,
+    tied: bool,
+    vocab: int = 211,
+    kv: int = 2,
+    heads: int = 4,
+    layers: int = 4,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """A Qwen2 with head_dim 32 and random weights, biases and norms included; returns the folder."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
@@ -36,5 +47,5 @@ def make_qwen2(folder: Path, *, tied: bool, vocab: int = 211, kv: int = 2, heads
                 parameter.normal_(std=0.3)
             else:
                 parameter.normal_(std=0.15)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

@@ -31,6 +31,7 @@ from remax_megatron.errors import UserError
 from remax_megatron.model.mapped import Extent, MappedFiles, blocks
 
 BLOCK_BYTES = 2**20  # fits the second-level cache: a block is hashed and written while it is there
+JOURNAL = "journal.jsonl"
 MAX_VECTORS = 1024  # of one pwritev (Linux IOV_MAX)
 
 
@@ -138,7 +139,7 @@ def write_folder(
         finally:
             writer.close()
         finish(partial, digests)
-        num_bytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        num_bytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file() and path.name != JOURNAL)
     return Report(num_bytes, time.perf_counter() - started, digests)
 
 
@@ -281,14 +282,14 @@ def _partial_folder(
                 f"--output {output} needs {needed / 1e9:.2f} GB, but {output.parent} has {free / 1e9:.2f} GB free"
             )
         partial.mkdir(exist_ok=True)
-        journal = open(partial / "journal.jsonl", "a+", encoding="utf-8")  # noqa: SIM115
+        journal = open(partial / JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise ConversionError(f"--output {output} cannot be written: {error.strerror}: {error.filename}") from error
     try:
         _lock(journal, output)
         done = _read_journal(journal, _fingerprint(jobs, cast), output)
         yield partial, journal, done
-        (partial / "journal.jsonl").unlink()
+        (partial / JOURNAL).unlink()
         for path in (partial, *partial.rglob("*")):
             _fsync(path)
         _refuse_existing(output)

@@ -81,7 +81,7 @@ def convert(
         if target == source_dtype and weights.names == set(shapes):
             index = hf / INDEX
             more["hf_files"] = {name: file.header for name, file in weights.files.items()}
-            more["hf_index"] = index.read_text() if index.exists() else None
+            more["hf_index"] = index.read_bytes().decode() if index.exists() else None
         write_manifest(folder, shapes, target, digests, **more)
         (folder / TRACKER).write_text("0\n")
 
@@ -116,7 +116,7 @@ class _Plan:
         for key in extra_state_keys(facts.num_layers):
             start = self._reserve(len(empty))
             self._literals.append((start, empty))
-            self.objects.append((key, self._name, start, len(empty)))
+            self.objects.append((key, self._in_checkpoint(), start, len(empty)))
         self._close_file()
 
     def _job(self, entry: WeightEntry, weights: HfWeights, facts: ModelFacts) -> Job:
@@ -142,7 +142,7 @@ class _Plan:
                     (*layers, rows, *rest),
                     (*at_layer, top, *(0 for _ in rest)),
                     shape,
-                    self._name.removeprefix(ITERATION_FOLDER + "/"),
+                    self._in_checkpoint(),
                     start,
                     data,
                     end,
@@ -165,6 +165,10 @@ class _Plan:
     def _close_file(self) -> None:
         self.files.append(OutputFile(self._name, self._size, self._literals))
         self._name, self._size, self._literals = self._next_name(), 0, []
+
+    def _in_checkpoint(self) -> str:
+        """The current file as .metadata names it: relative to the checkpoint's own folder."""
+        return self._name.removeprefix(ITERATION_FOLDER + "/")
 
     def _next_name(self) -> str:
         return f"{ITERATION_FOLDER}/__0_{len(self.files)}.distcp"

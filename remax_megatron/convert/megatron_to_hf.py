@@ -74,7 +74,7 @@ def convert(
         for name, content in side_files(template, dtype).items():
             (folder / name).write_bytes(content)
         if layout.index is not None:
-            (folder / INDEX).write_text(layout.index)
+            (folder / INDEX).write_bytes(layout.index.encode())
         write_manifest(folder, shapes, dtype, digests)
 
     return write_folder(

@@ -3,7 +3,7 @@
     python convert/roundtrip.py DIR [--work DIR] [--keep] [--workers N]
 
 Needs room for twice the model in --work (default: the system's folder for temporary files). Exit code 0: every tensor
-has equal bytes, and every weights file is equal to the one it came from; 1: not; 2: it could not be tried.
+has equal bytes, and every file is equal to the one it came from; 1: not; 2: it could not be tried.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from remax_megatron.convert import hf_to_megatron, megatron_to_hf
 from remax_megatron.convert.command import Command, run_command
 from remax_megatron.convert.copying import ConversionError
 from remax_megatron.convert.verify import Verdict, compare, report
-from remax_megatron.model.hf_folder import HfWeights
+from remax_megatron.model.hf_folder import INDEX, SIDE_FILES, HfWeights
 
 
 def roundtrip(folder: str | Path, work: Path, workers: int | None = None) -> Verdict:
@@ -28,7 +28,8 @@ def roundtrip(folder: str | Path, work: Path, workers: int | None = None) -> Ver
     verdict = compare(folder, work / "hf", workers=workers)
     weights = HfWeights(folder)
     if weights.names == set(verdict.tensors):  # nothing was left out, so the files can be the same
-        unequal = filecmp.cmpfiles(folder, work / "hf", list(weights.files), shallow=False)
+        names = [*weights.files, *(name for name in (INDEX, *SIDE_FILES) if (folder / name).is_file())]
+        unequal = filecmp.cmpfiles(folder, work / "hf", names, shallow=False)
         verdict.differences += [f"{name}: the file is not the one it came from" for name in unequal[1] + unequal[2]]
     return verdict
 

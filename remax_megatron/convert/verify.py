@@ -138,8 +138,11 @@ def main(argv: list[str] | None = None) -> int:
 def report(verdict: Verdict, tolerance: float = 0.0, json_file: str | None = None) -> int:
     """Print the verdict; returns the exit code."""
     if json_file:
-        with replacing(json_file) as path:
-            path.write_text(json.dumps(asdict(verdict), indent=1) + "\n")
+        try:
+            with replacing(json_file) as path:
+                path.write_text(json.dumps(asdict(verdict), indent=1) + "\n")
+        except OSError as error:
+            raise FolderError(f"--json {json_file} cannot be written: {error}") from error
     for difference in verdict.differences[:SHOWN]:
         print(difference)
     if len(verdict.differences) > SHOWN:

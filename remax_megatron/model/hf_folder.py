@@ -110,6 +110,10 @@ class HfWeights:
         self._open: dict[str, safe_open] = {}
         self.files: dict[str, SafetensorsFile] = {name: self._open_file(name) for name in names}
         self._file_of = {tensor: name for name, file in self.files.items() for tensor in file.shapes}
+        for name, file in self.files.items():
+            for tensor in file.shapes:
+                if self._file_of[tensor] != name:
+                    raise FolderError(f"{self.folder}: both {name} and {self._file_of[tensor]} hold {tensor}")
         for tensor, name in (weight_map or {}).items():
             if self._file_of.get(tensor) != name:
                 raise FolderError(f"{self.folder / name} does not hold {tensor}, which {INDEX} places there")
@@ -296,6 +300,6 @@ def side_files(source: str | Path, dtype: torch.dtype | None = None) -> dict[str
     values = json.loads(files["config.json"])
     key = "torch_dtype" if "torch_dtype" in values else "dtype"
     name = str(dtype).removeprefix("torch.")
-    if dtype is not None and values.get(key) != name:
+    if dtype is not None and values.get(key, name) != name:
         files["config.json"] = (json.dumps(values | {key: name}, indent=2) + "\n").encode()
     return files

@@ -38,8 +38,8 @@ class MappedFiles:
 
     def read(self, extent: Extent) -> memoryview:
         """The bytes of `extent`, mapped. OSError when the file has become too short."""
-        opened, _ = self._map(extent.path)
-        if extent.offset + extent.num_bytes > len(opened):
+        opened, handle = self._map(extent.path)
+        if extent.offset + extent.num_bytes > os.fstat(handle).st_size:  # a map of its last page would read zeros
             raise OSError(errno.EIO, "the file is too short", extent.path)
         start = extent.offset // mmap.PAGESIZE * mmap.PAGESIZE
         try:
