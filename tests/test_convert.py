@@ -32,11 +32,12 @@ from torch import Tensor
 
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert import copying, hf_to_megatron, logits, megatron_to_hf, roundtrip, verify
+from remax_megatron.convert.torch_dist_writer import item_wrapper, object_item
 from remax_megatron.errors import UserError
 from remax_megatron.model.hf_folder import INDEX, HfWeights, SafetensorsFile, expected_shapes
 from remax_megatron.model.mapped import Extent, MappedFiles, blocks
 from remax_megatron.model.megatron_folder import MegatronWeights
-from remax_megatron.model.torch_dist import TorchDist, item_wrapper, object_item, saved_key
+from remax_megatron.model.torch_dist import TorchDist, saved_key
 from remax_megatron.model.weight_table import to_megatron, weight_table
 from tests.conftest import ROOT
 from tests.small_models import make_qwen2

@@ -21,9 +21,7 @@ from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import Command, run_command
 from remax_megatron.convert.copying import Cast, ConversionError, Job, OutputFile, Piece, Report, write_folder
 from remax_megatron.convert.manifest import write_manifest
-from remax_megatron.model.hf_folder import INDEX, HfWeights, check_folder, expected_shapes, side_files
-from remax_megatron.model.megatron_folder import TRACKER
-from remax_megatron.model.torch_dist import (
+from remax_megatron.convert.torch_dist_writer import (
     ITEM_ALIGNMENT,
     Item,
     common_files,
@@ -32,8 +30,10 @@ from remax_megatron.model.torch_dist import (
     item_wrapper,
     metadata,
     object_item,
-    saved_key,
 )
+from remax_megatron.model.hf_folder import INDEX, HfWeights, check_folder, expected_shapes, side_files
+from remax_megatron.model.megatron_folder import TRACKER
+from remax_megatron.model.torch_dist import saved_key
 from remax_megatron.model.weight_table import RowRun, WeightEntry, padded_vocab_size, row_runs, weight_table
 
 ITERATION_FOLDER = "iter_0000000"

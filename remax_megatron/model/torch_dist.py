@@ -1,33 +1,31 @@
-"""Megatron's `torch_dist` checkpoint format, written and read without Megatron and without running a pickle.
+"""Megatron's `torch_dist` checkpoint format, read without Megatron and without running a pickle.
 
 A checkpoint folder holds `metadata.json` (which format), `common.pt` (a small pickled dict), `.metadata` (a pickled
 index: every tensor's shape, type and chunks, and where each chunk lies) and `*.distcp` files, in which every chunk is
 what `torch.save` makes of it. Formats: megatron-core 0.16.1 `dist_checkpointing/strategies/torch.py`, torch 2.13
 `distributed/checkpoint/filesystem.py`.
 
-Reading goes through `_InertUnpickler`: it builds plain records, imports nothing, and calls nothing that the file
-names, so a payload in `.metadata` cannot run. The chunks' bytes are read where they lie.
+`_InertUnpickler` builds plain records, imports nothing, and calls nothing that the file names, so a payload in
+`.metadata` cannot run. The chunks' bytes are read where they lie. Writing is convert/torch_dist_writer.py.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import itertools
 import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from remax_megatron.model.hf_folder import FolderError
 from remax_megatron.model.mapped import Extent
-from remax_megatron.model.weight_table import FINAL_NORM, WeightEntry
+from remax_megatron.model.weight_table import WeightEntry
 
 # Megatron's local layers are saved under the names of Transformer Engine's fused ones
 # (gpt_layer_specs.py: sharded_state_dict_keys_map), and the layers are stacked along a first dimension.
@@ -35,16 +33,6 @@ SAVED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
-# Megatron asks for these objects of every layer when it loads; without FP8 they hold None. The last one is asked for by
-# Transformer Engine's attention up to megatron-core 0.14; what a model does not ask for is not read.
-EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-    "self_attention.core_attention",
-)
-ITEM_ALIGNMENT = 64  # bytes; torch.save aligns the data to it within an item
 
 
 def saved_key(entry: WeightEntry) -> str:
@@ -53,124 +41,6 @@ def saved_key(entry: WeightEntry) -> str:
         return entry.megatron_name
     in_layer = entry.megatron_name.split("{layer}.")[1]
     return f"decoder.layers.{SAVED_NAMES.get(in_layer, in_layer)}"
-
-
-def extra_state_keys(num_layers: int) -> list[str]:
-    layers = [
-        f"decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}"
-        for layer in range(num_layers)
-        for name in EXTRA_STATES
-    ]
-    return [*layers, f"{FINAL_NORM.removesuffix('.weight')}._extra_state/shard_0_1"]
-
-
-# -- writing -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Item:
-    """One chunk of the tensor `key` and where it is written: bytes `start` to `end` of `file`, data at `data`."""
-
-    key: str
-    global_shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    data: int
-    end: int
-
-
-class _Sink(io.RawIOBase):
-    """Keeps what is written and where; torch.save steps over the tensor's own bytes by seeking."""
-
-    def __init__(self) -> None:
-        self.position = 0
-        self.writes: list[tuple[int, bytes]] = []
-
-    def write(self, data: Any) -> int:
-        self.writes.append((self.position, bytes(data)))
-        self.position += len(data)
-        return len(data)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.position = offset + (self.position if whence == io.SEEK_CUR else 0)
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-
-@functools.cache
-def item_wrapper(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the bytes of a tensor."""
-    sink = _Sink()
-    with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), cast(Any, sink))  # never touched, so it takes no memory
-    size = torch.Size(shape).numel() * dtype.itemsize
-    before, after = bytearray(), bytearray()
-    for position, data in sink.writes:
-        part = before if position == len(before) else after
-        assert position == len(before) + (size + len(after) if part is after else 0), (position, shape)
-        part += data
-    return bytes(before), bytes(after)
-
-
-def object_item(value: object) -> bytes:
-    """A ShardedObject's bytes: Megatron pickles the list of a rank's objects."""
-    buffer = io.BytesIO()
-    torch.save([value], buffer)
-    return buffer.getvalue()
-
-
-def import_metadata_classes() -> None:
-    """Import what `metadata` needs: it brings all of torch.distributed.checkpoint, 2 s of it."""
-    import torch.distributed.checkpoint.filesystem
-    import torch.distributed.checkpoint.metadata  # noqa: F401
-
-
-def metadata(items: Iterable[Item], objects: Iterable[tuple[str, str, int, int]], dtype: torch.dtype) -> bytes:
-    """The content of `.metadata` for chunks of type `dtype` and for objects (key, file, start, size)."""
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    tensors: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    for item in items:
-        offsets, shape = torch.Size(item.offsets), torch.Size(item.shape)
-        whole = torch.Size(item.global_shape)
-        tensors.setdefault(item.key, TensorStorageMetadata(TensorProperties(dtype=dtype), whole, []))
-        tensors[item.key].chunks.append(ChunkStorageMetadata(offsets, shape))
-        places[MetadataIndex(item.key, offsets)] = _StorageInfo(item.file, item.start, item.end - item.start)
-    for key, file, start, size in objects:
-        tensors[key] = BytesStorageMetadata()
-        places[MetadataIndex(key)] = _StorageInfo(file, start, size)
-    return pickle.dumps(Metadata(state_dict_metadata=tensors, planner_data={}, storage_data=places))
-
-
-def common_files() -> dict[str, bytes]:
-    """`metadata.json` and `common.pt`, as Megatron-LM reads them (training/checkpointing.py, core_r0.15 and later)."""
-    formats = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    formats |= {"common_backend": "torch", "common_backend_version": 1}
-    common = io.BytesIO()
-    content = {
-        "checkpoint_version": 3.0,  # below 2.0 the QKV rows would be put in another order
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": {"singleton_local_shards": False},  # layers stacked, gate and up in one tensor
-    }
-    torch.save(content, common)
-    return {"metadata.json": json.dumps(formats).encode(), "common.pt": common.getvalue()}
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 class _Record:
