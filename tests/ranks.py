@@ -1,7 +1,12 @@
-"""Real ranks for tests: processes with a gloo group, a bounded join, and the traceback of the first to fail."""
+"""Real ranks for tests: processes with a gloo group, a bounded join, and the traceback of the first to fail.
+
+One launcher process imports what the ranks need and forks them, so that the imports are paid for, and their memory is
+taken, once for all ranks. Forking is safe there: the launcher has a single thread and no process group.
+"""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pickle
@@ -11,72 +16,123 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_ranks(function: str, world_size: int, payload: Any = None, timeout_s: float = 240) -> list[Any]:
+def run_ranks(
+    function: str,
+    world_size: int,
+    payload: Any = None,
+    timeout_s: float = 240,
+    preload: Sequence[str] = ("remax_megatron.policy.policy",),
+) -> list[Any]:
     """Call `function` ("tests.module:name") with `payload` on `world_size` ranks; returns the results in rank order.
 
-    AssertionError with the output of the first failing rank, or when the ranks are not done after `timeout_s`.
+    `preload` names modules that are imported before the ranks part, beside the function's own.
+    AssertionError with the output of the first failing rank, or when the ranks are not done after `timeout_s`. Whatever
+    processes the ranks started are gone afterwards.
     """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "task").write_bytes(pickle.dumps((function, payload, world_size, preload)))
+        with open(folder / "log-launcher", "wb") as log:
+            launcher = subprocess.Popen(
+                [sys.executable, "-m", "tests.ranks", name],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            in_time = _ends(launcher.pid, timeout_s)
+        finally:
+            os.killpg(launcher.pid, signal.SIGKILL)  # the launcher is not reaped yet, so the number is still its own
+            launcher.wait()
+        if launcher.returncode == 0:
+            return [pickle.loads((folder / f"out-{rank}").read_bytes()) for rank in range(world_size)]
+        failed = folder / "failed"
+        who = failed.read_text() if failed.exists() else "launcher"
+        what = ""
+        hung = [f"rank-{rank}" for rank in range(world_size) if not (folder / f"out-{rank}").exists()]
+        if hung and not in_time:
+            who, what = hung[0], f"{', '.join(hung)} did not finish in {timeout_s} s; "
+        log_file = folder / f"log-{who}"
+        output = log_file.read_text(errors="replace") if log_file.exists() else ""
+        raise AssertionError(f"{what}{who} of {function} failed:\n{output[-6000:]}")
+
+
+def _ends(pid: int, timeout_s: float) -> bool:
+    """Wait for a child process without reaping it; False when it is still there after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _launch(folder: Path) -> None:
+    """Fork the ranks and wait for them; at the first failure, note the rank in the file `failed` and exit."""
+    function, payload, world_size, preload = pickle.loads((folder / "task").read_bytes())
+    module, name = function.split(":")
+    for needed in preload:
+        importlib.import_module(needed)
+    call = getattr(importlib.import_module(module), name)
+    threads = os.listdir("/proc/self/task")
+    assert len(threads) == 1, f"{len(threads)} threads after importing {module} and {preload}: forking is not safe"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        task = Path(folder) / "task"
-        task.write_bytes(pickle.dumps((function, payload)))
-        processes = []
-        for rank in range(world_size):
-            environment = os.environ | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "LOCAL_WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }
-            log = open(Path(folder) / f"log-{rank}", "wb")  # noqa: SIM115
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.ranks", str(task), f"{folder}/out-{rank}"],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-        deadline = time.monotonic() + timeout_s
-        failed = None
-        while failed is None and any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            failed = next((r for r, p in enumerate(processes) if p.poll() not in (None, 0)), None)
-            time.sleep(0.05)
-        hung = [r for r, p in enumerate(processes) if p.poll() is None]
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if failed is None:
-            failed = next((r for r, p in enumerate(processes) if p.returncode != 0), None)
-        if failed is not None:
-            output = (Path(folder) / f"log-{failed}").read_text(errors="replace")
-            what = f"ranks {hung} did not finish in {timeout_s} s; " if hung else ""
-            raise AssertionError(f"{what}rank {failed} of {function} failed:\n{output[-6000:]}")
-        return [pickle.loads((Path(folder) / f"out-{rank}").read_bytes()) for rank in range(world_size)]
+    gc.collect()
+    gc.freeze()  # a collection in a rank would otherwise touch, and so copy, all shared memory
+    rank_of = {}
+    for rank in range(world_size):
+        pid = os.fork()
+        if pid == 0:
+            _be_rank(rank, world_size, port, folder, call, payload)
+        rank_of[pid] = rank
+    while rank_of:
+        pid, status = os.wait()
+        if status != 0:
+            (folder / "failed").write_text(f"rank-{rank_of[pid]}")
+            if os.WIFSIGNALED(status):
+                with open(folder / f"log-rank-{rank_of[pid]}", "a") as log:
+                    log.write(f"ended by signal {os.WTERMSIG(status)}\n")
+            sys.exit(1)
+        del rank_of[pid]
 
 
-def _main(task: str, out: str) -> None:
-    function, payload = pickle.loads(Path(task).read_bytes())
-    module, name = function.split(":")
-    result = getattr(importlib.import_module(module), name)(payload)
-    Path(out).write_bytes(pickle.dumps(result))
-    sys.stdout.flush()
-    os._exit(0)
+def _be_rank(rank: int, world_size: int, port: int, folder: Path, call: Any, payload: Any) -> None:
+    """What a forked process does; does not return."""
+    code = 1
+    try:
+        with open(folder / f"log-rank-{rank}", "wb") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        result = pickle.dumps(call(payload))
+        (folder / f"out-{rank}").write_bytes(result)
+        code = 0
+    except BaseException:  # the launcher's code must not go on in a rank
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _launch(Path(sys.argv[1]))

@@ -224,14 +224,14 @@ def test_damaged_index(text: str, folder: Path) -> None:
 
 def test_missing_tensor(folder: Path) -> None:
     rewrite(folder, model__layers__0__self_attn__k_proj__bias=None, model__norm__weight=None)
-    with pytest.raises(FolderError, match=r"2 tensors are missing, first model\.layers\.0\.self_attn\.k_proj\.bias$"):
+    with pytest.raises(FolderError, match=r"2 tensors are missing, first model\.layers\.0\.self_attn\.k_proj\.bias"):
         check(folder)
 
 
 def test_extra_tensor(folder: Path) -> None:
     rewrite(folder, model__layers__0__self_attn__o_proj__bias=torch.zeros(128))
     with pytest.raises(
-        FolderError, match=r"1 tensors do not belong to a Qwen2 model, first model\.layers\.0\.self_attn\.o_proj\.bias$"
+        FolderError, match=r"1 tensors do not belong to a Qwen2 model, first model\.layers\.0\.self_attn\.o_proj\.bias"
     ):
         check(folder)
 
@@ -240,7 +240,7 @@ def test_misshapen_tensor(folder: Path) -> None:
     rewrite(folder, model__embed_tokens__weight=torch.zeros(210, 128))
     with pytest.raises(
         FolderError,
-        match=r"model\.embed_tokens\.weight has shape \(210, 128\), config\.json says \(211, 128\)$",
+        match=r"model\.embed_tokens\.weight has shape \(210, 128\), config\.json says \(211, 128\)",
     ):
         check(folder)
 
@@ -257,5 +257,5 @@ def test_what_some_writers_add_is_ignored(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FolderError, match=r"ties the embeddings, but lm_head\.weight differs"):
         check(tied)
     rewrite(folder, lm_head__weight=None)
-    with pytest.raises(FolderError, match=r"1 tensors are missing, first lm_head\.weight$"):
+    with pytest.raises(FolderError, match=r"1 tensors are missing, first lm_head\.weight"):
         check(folder)

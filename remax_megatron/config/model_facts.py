@@ -45,8 +45,8 @@ class ModelFacts:
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise ConfigError(
-                f"{setting}={path}: there is no such folder; set it to a folder with config.json and *.safetensors,"
-                " or to a hub id such as Qwen/Qwen2.5-7B-Instruct"
+                f"{setting}={path}: there is no such folder; set it to a folder with config.json and *.safetensors"
+                + (", or to a hub id such as Qwen/Qwen2.5-7B-Instruct" if setting == KEY else "")
             )
         file = folder / "config.json"
         if not file.is_file():
@@ -68,6 +68,14 @@ class ModelFacts:
                     f" {_mend(setting)}"
                 )
             return value
+
+        def number(name: str, value: Any) -> float:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ConfigError(
+                    f"{setting}={source}: config.json says {name}={value!r}, expected a positive number;"
+                    f" {_mend(setting)}"
+                )
+            return float(value)
 
         heads, hidden = size("num_attention_heads"), size("hidden_size")
         if hidden % heads:
@@ -91,8 +99,8 @@ class ModelFacts:
             vocab_size=size("vocab_size"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=size("max_position_embeddings"),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(config.get("rope_theta", rope.get("rope_theta", 10000.0))),
+            rms_norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
+            rope_theta=number("rope_theta", config.get("rope_theta", rope.get("rope_theta", 10000.0))),
         )
 
 
@@ -149,6 +157,8 @@ def _refuse_other_architectures(config: Mapping[str, Any], source: str, setting:
     """ConfigError for every model whose weights or forward pass differ from plain Qwen2."""
     model_type = config.get("model_type")
     architectures = config.get("architectures") or ["Qwen2ForCausalLM"]
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
     quantization = config.get("quantization_config")

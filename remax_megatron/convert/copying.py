@@ -1,42 +1,30 @@
 """Writing a folder of large files from stretches of other files: in parallel, resumable, whole or not at all.
 
-The folder is made under a hidden name beside the output (".NAME.partial") and renamed at the end. A journal in it
-says which jobs are done, with a digest of every tensor they wrote; `resume` reads back what the journal names, compares
-the digests, and does the rest. Bytes go from map to file in blocks that stay in the processor's cache.
+The folder and its journal are partial_folder.py's. With `resume` what the journal names is read back, its digests are
+compared, and the rest is done. Bytes go from map to file in blocks that stay in the processor's cache.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
-import json
 import os
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import xxhash
 from tqdm import tqdm
 
-from remax_megatron.errors import UserError
+from remax_megatron.convert.partial_folder import JOURNAL, Journal, partial_folder
 from remax_megatron.model.mapped import Extent, MappedFiles, blocks
 
 BLOCK_BYTES = 2**20  # fits the second-level cache: a block is hashed and written while it is there
-JOURNAL = "journal.jsonl"
 MAX_VECTORS = 1024  # of one pwritev (Linux IOV_MAX)
-
-
-class ConversionError(UserError):
-    """A conversion that cannot be done, or cannot go on."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +118,12 @@ def write_folder(
     `output` was left behind (without `resume`) or was started from other input (with it).
     """
     output = Path(output)
-    with _partial_folder(output, files, jobs, cast, resume) as (partial, journal, done):
+    size = sum(file.num_bytes for file in files)
+    with partial_folder(output, size, _fingerprint(jobs, cast), resume) as (partial, journal):
         writer = _Writer(partial, files, cast)
         try:
             writer.write_literals()
-            digests = _run(writer, jobs, journal, done, workers or min(8, os.cpu_count() or 1), title)
+            digests = _run(writer, jobs, journal, workers or min(8, os.cpu_count() or 1), title)
             writer.sync()
         finally:
             writer.close()
@@ -223,10 +212,8 @@ def _write_at(handle: int, views: list[memoryview], offset: int) -> None:
         offset += size
 
 
-def _run(
-    writer: _Writer, jobs: Sequence[Job], journal: TextIO, done: dict[str, dict[str, str]], workers: int, title: str
-) -> dict[str, str]:
-    """Do the jobs that are not `done`, the largest first; returns all digests."""
+def _run(writer: _Writer, jobs: Sequence[Job], journal: Journal, workers: int, title: str) -> dict[str, str]:
+    """Do the jobs that are not done, the largest first; returns all digests."""
     digests: dict[str, str] = {}
     lock, stop = threading.Lock(), threading.Event()
     total = sum(job.num_bytes for job in jobs)
@@ -239,13 +226,12 @@ def _run(
                 bar.update(num_bytes)
 
         def do(job: Job) -> dict[str, str]:
-            if job.name in done and writer.read_back(job) == done[job.name]:
+            earlier = journal.done.get(job.name)
+            if earlier is not None and writer.read_back(job) == earlier:
                 progress(job.num_bytes)
-                return done[job.name]
+                return earlier
             written = writer.write(job, progress)
-            with lock:
-                journal.write(json.dumps({"job": job.name, "digests": written}) + "\n")
-                journal.flush()
+            journal.record(job.name, written)
             return written
 
         with ThreadPoolExecutor(workers) as pool:
@@ -260,76 +246,6 @@ def _run(
     return digests
 
 
-@contextlib.contextmanager
-def _partial_folder(
-    output: Path, files: Sequence[OutputFile], jobs: Sequence[Job], cast: Cast | None, resume: bool
-) -> Iterator[tuple[Path, TextIO, dict[str, dict[str, str]]]]:
-    """The hidden folder to write in, its journal, and what the journal says is done; renamed to `output` at the end."""
-    partial = output.with_name(f".{output.name}.partial")
-    _refuse_existing(output)
-    if partial.exists() and not resume:
-        raise ConversionError(
-            f"an interrupted conversion to {output} lies in {partial}; add --resume to go on with it, or delete it"
-        )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        needed = sum(file.num_bytes for file in files)
-        free = shutil.disk_usage(output.parent).free
-        if partial.exists():
-            free += sum(path.stat().st_blocks * 512 for path in partial.rglob("*") if path.is_file())
-        if needed > free:
-            raise ConversionError(
-                f"--output {output} needs {needed / 1e9:.2f} GB, but {output.parent} has {free / 1e9:.2f} GB free"
-            )
-        partial.mkdir(exist_ok=True)
-        journal = open(partial / JOURNAL, "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise ConversionError(f"--output {output} cannot be written: {error.strerror}: {error.filename}") from error
-    try:
-        _lock(journal, output)
-        done = _read_journal(journal, _fingerprint(jobs, cast), output)
-        yield partial, journal, done
-        (partial / JOURNAL).unlink()
-        for path in (partial, *partial.rglob("*")):
-            _fsync(path)
-        _refuse_existing(output)
-        os.rename(partial, output)
-        _fsync(output.parent)
-    except KeyboardInterrupt:
-        print(f"interrupted; --resume goes on with what is in {partial}", file=sys.stderr)
-        raise
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = f"--output {output}: the disk is full; free {needed / 1e9:.2f} GB, or write somewhere else"
-        else:
-            message = f"--output {output}: {error}"
-        raise ConversionError(message) from error
-    except _LeaveAlone:
-        raise
-    except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        journal.close()
-
-
-def _refuse_existing(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise ConversionError(f"--output {output} exists; remove it, or choose another")
-
-
-def _lock(journal: TextIO, output: Path) -> None:
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise _LeaveAlone(f"another process is converting to {output}; wait for it, or choose another") from error
-
-
-class _LeaveAlone(ConversionError):
-    """What lies in the partial folder is not this process's to remove."""
-
-
 def _fingerprint(jobs: Sequence[Job], cast: Cast | None) -> str:
     """Changes with the input files (size, time of change), the plan of what goes where, and the cast."""
     state = hashlib.sha256(repr(cast).encode())
@@ -341,31 +257,3 @@ def _fingerprint(jobs: Sequence[Job], cast: Cast | None) -> str:
         stat = os.stat(path)
         state.update(repr((path, stat.st_size, stat.st_mtime_ns)).encode())
     return state.hexdigest()
-
-
-def _read_journal(journal: TextIO, fingerprint: str, output: Path) -> dict[str, dict[str, str]]:
-    """What an earlier process did; a last line cut short is dropped. Starts the journal when it is empty."""
-    journal.seek(0)
-    lines = []
-    for text in journal.read().splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    if not lines:
-        journal.write(json.dumps({"fingerprint": fingerprint}) + "\n")
-        journal.flush()
-        return {}
-    if lines[0].get("fingerprint") != fingerprint:
-        raise _LeaveAlone(
-            f"--resume: the interrupted conversion to {output} was of other input, or with other settings; "
-            f"repeat its command, or delete {output.with_name(f'.{output.name}.partial')}"
-        )
-    journal.write("\n")  # ends a line that was cut short
-    return {line["job"]: line["digests"] for line in lines[1:] if "job" in line}
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,8 +19,9 @@ import torch
 
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import Command, run_command
-from remax_megatron.convert.copying import Cast, ConversionError, Job, OutputFile, Piece, Report, write_folder
+from remax_megatron.convert.copying import Cast, Job, OutputFile, Piece, Report, write_folder
 from remax_megatron.convert.manifest import write_manifest
+from remax_megatron.convert.partial_folder import ConversionError
 from remax_megatron.convert.torch_dist_writer import (
     ITEM_ALIGNMENT,
     Item,

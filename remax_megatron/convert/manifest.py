@@ -46,6 +46,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     raise FolderError(f"{path} is damaged; remove it to do without")
 
 
+def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """FolderError when tensors of the checkpoint in `folder` are not what its manifest, if it has one, says."""
+    for name, entry in (read_manifest(folder) or {"tensors": {}})["tensors"].items():
+        if name in digests and digests[name] != entry["digest"]:
+            raise FolderError(
+                f"{folder}: {name} is not what {MANIFEST} says, so it was damaged or changed since it was written; "
+                f"copy the checkpoint again, or remove {MANIFEST} if the change was meant"
+            )
+
+
 def recorded_layout(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> HfLayout | None:
     """The layout of the files that the checkpoint in `folder` was made from, when its manifest has it.
 
@@ -56,7 +66,7 @@ def recorded_layout(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: 
         return None
     try:
         layout = HfLayout.recorded(content["hf_files"], content["hf_index"])
-        fits = layout.shapes() == dict(shapes) and layout.dtypes() == {dtype}
+        fits = layout.shapes() == dict(shapes) and layout.dtypes() == {dtype} and layout.is_sound()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FolderError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}); remove it") from error
     if not fits:

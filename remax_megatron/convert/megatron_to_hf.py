@@ -18,8 +18,9 @@ from pathlib import Path
 
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import Command, run_command
-from remax_megatron.convert.copying import ConversionError, Job, OutputFile, Piece, Report, write_folder
-from remax_megatron.convert.manifest import recorded_layout, write_manifest
+from remax_megatron.convert.copying import Job, OutputFile, Piece, Report, write_folder
+from remax_megatron.convert.manifest import check_digests, recorded_layout, write_manifest
+from remax_megatron.convert.partial_folder import ConversionError
 from remax_megatron.model.hf_folder import DTYPE_NAMES, INDEX, MAX_SHARD_BYTES, HfLayout, expected_shapes, side_files
 from remax_megatron.model.megatron_folder import MegatronWeights, is_megatron_folder, model_folder
 
@@ -43,7 +44,9 @@ def convert(
     started = time.perf_counter()
     megatron, output = Path(megatron), Path(output)
     if not is_megatron_folder(megatron):
-        raise ConversionError(f"--megatron {megatron} is not a Megatron checkpoint: no such folder, or no .metadata")
+        raise ConversionError(
+            f"--megatron {megatron} is not a Megatron checkpoint: no such folder, or no .metadata in it; name one"
+        )
     if output.resolve().is_relative_to(megatron.resolve()):
         raise ConversionError(f"--output {output} lies in the folder --megatron {megatron}; choose one outside of it")
     template = model_folder(megatron) if hf_template is None else Path(hf_template)
@@ -71,6 +74,7 @@ def convert(
         jobs.append(Job(name, file, [Piece(offset, [(name, extent) for extent in weights.extents(name)])]))
 
     def finish(folder: Path, digests: dict[str, str]) -> None:
+        check_digests(model_folder(megatron), digests)
         for name, content in side_files(template, dtype).items():
             (folder / name).write_bytes(content)
         if layout.index is not None:

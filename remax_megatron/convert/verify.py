@@ -55,7 +55,7 @@ class Verdict:
 def open_model(folder: str | Path) -> tuple[HfWeights | MegatronWeights, ModelFacts]:
     """The weights in `folder` and the sizes its config.json gives. UserError when it is neither kind of checkpoint."""
     if not Path(folder).is_dir():
-        raise FolderError(f"{folder}: there is no such folder")
+        raise FolderError(f"{folder}: there is no such folder; name a checkpoint")
     facts = ModelFacts.from_folder(model_folder(folder), setting="DIR")
     return open_weights(folder, facts), facts
 

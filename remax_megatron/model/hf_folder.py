@@ -43,6 +43,7 @@ SIDE_FILES = (
     "README.md",
 )
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+AGAIN = "copy or download the folder again"
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -116,17 +117,17 @@ class HfWeights:
                     raise FolderError(f"{self.folder}: both {name} and {self._file_of[tensor]} hold {tensor}")
         for tensor, name in (weight_map or {}).items():
             if self._file_of.get(tensor) != name:
-                raise FolderError(f"{self.folder / name} does not hold {tensor}, which {INDEX} places there")
+                raise FolderError(f"{self.folder / name} does not hold {tensor}, which {INDEX} places there; {AGAIN}")
 
     def _open_file(self, name: str) -> SafetensorsFile:
         path = self.folder / name
         if not path.exists():
-            raise FolderError(f"{self.folder}: the index names {name}, which is missing")
+            raise FolderError(f"{self.folder}: the index names {name}, which is missing; {AGAIN}")
         try:
             self._open[name] = safe_open(path, framework="pt")  # checks the head against the file's size
             return SafetensorsFile.read(path)
         except (SafetensorError, struct.error, OSError) as error:
-            raise FolderError(f"{path} is not a readable safetensors file: {error}") from error
+            raise FolderError(f"{path} is not a readable safetensors file: {error}; {AGAIN}") from error
 
     @property
     def names(self) -> set[str]:
@@ -158,9 +159,12 @@ class HfWeights:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise FolderError(f"{index} is damaged: {type(error).__name__}: {error}") from error
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise TypeError("its weight_map has values that are no file names")
+        return weight_map
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FolderError(f"{index} is damaged: {type(error).__name__}: {error}; {AGAIN}") from error
 
 
 def expected_shapes(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
@@ -178,16 +182,23 @@ def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
     if facts.tied_embeddings:
         ignorable.add(HF_HEAD)
     if missing := sorted(expected.keys() - weights.names):
-        raise FolderError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}")
+        raise FolderError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}; {AGAIN}")
     if extra := sorted(weights.names - expected.keys() - ignorable):
-        raise FolderError(f"{weights.folder}: {len(extra)} tensors do not belong to a Qwen2 model, first {extra[0]}")
+        raise FolderError(
+            f"{weights.folder}: {len(extra)} tensors do not belong to a Qwen2 model, first {extra[0]}; "
+            "remove them, or use the config.json that the weights were saved with"
+        )
     for name, dims in expected.items():
         if weights.shape(name) != dims:
-            raise FolderError(f"{weights.folder}: {name} has shape {weights.shape(name)}, config.json says {dims}")
+            raise FolderError(
+                f"{weights.folder}: {name} has shape {weights.shape(name)}, config.json says {dims}; "
+                "use the config.json that the weights were saved with"
+            )
     if facts.tied_embeddings and HF_HEAD in weights.names:
         maps = MappedFiles()
         pairs = (blocks(weights.extents(name), BLOCK_BYTES) for name in (HF_HEAD, HF_EMBEDDING))
-        if weights.shape(HF_HEAD) != weights.shape(HF_EMBEDDING) or any(
+        kinds = [(weights.shape(name), weights.dtype(name)) for name in (HF_HEAD, HF_EMBEDDING)]
+        if kinds[0] != kinds[1] or any(
             maps.read(head) != maps.read(embedding) for ((head,), (embedding,)) in zip(*pairs, strict=True)
         ):
             raise FolderError(
@@ -236,6 +247,19 @@ class HfLayout:
 
     def dtypes(self) -> set[torch.dtype]:
         return {DTYPES[dtype] for file in self.files.values() for dtype in file.dtypes.values()}
+
+    def is_sound(self) -> bool:
+        """Whether the files are safetensors files of one folder, and each is covered by its tensors exactly once."""
+        for name, file in self.files.items():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                return False
+            end = len(file.head)
+            for tensor in sorted(file.offsets, key=lambda tensor: file.offsets[tensor]):
+                size = torch.Size(file.shapes[tensor]).numel() * DTYPES[file.dtypes[tensor]].itemsize
+                if (file.offsets[tensor], file.sizes[tensor]) != (end, size):
+                    return False
+                end += size
+        return True
 
     def place(self, tensor: str) -> tuple[str, int]:
         """(file, offset) of `tensor`."""

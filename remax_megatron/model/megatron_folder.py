@@ -21,6 +21,7 @@ from remax_megatron.model.torch_dist import TorchDist, saved_key
 from remax_megatron.model.weight_table import WeightEntry, row_runs, weight_table
 
 TRACKER = "latest_checkpointed_iteration.txt"
+OTHER_CONFIG = "use the config.json that the model was trained with"
 MODEL_PREFIXES = ("decoder.", "embedding.", "output_layer.")  # what else there is belongs to the optimizer and the run
 
 
@@ -36,14 +37,19 @@ def checkpoint_folder(folder: str | Path) -> Path:
         return folder
     tracker = folder / TRACKER
     try:
-        text = tracker.read_text().strip()
+        text = tracker.read_text(errors="replace").strip()
     except OSError as error:
-        raise FolderError(f"{folder} holds neither {TRACKER} nor .metadata: not a Megatron checkpoint") from error
+        raise FolderError(
+            f"{folder} holds neither {TRACKER} nor .metadata: not a Megatron checkpoint; name one"
+        ) from error
     name = text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else None
     if name is None:
         raise FolderError(f"{tracker} says {text!r}, expected the number of an iteration or release")
     if not (folder / name / ".metadata").is_file():
-        raise FolderError(f"{tracker} says {text}, but {folder / name} holds no .metadata: a damaged checkpoint")
+        raise FolderError(
+            f"{tracker} says {text}, but {folder / name} holds no .metadata; copy it again, or name another "
+            "iteration's folder"
+        )
     return folder / name
 
 
@@ -90,16 +96,18 @@ class MegatronWeights:
             dims = (sum(shape[0] for shape in entry.hf_shapes), *entry.hf_shapes[0][1:])
             expected[key] = dims if layer is None else (facts.num_layers, *dims)
             if key not in tensors:
-                raise FolderError(f"{self._stored.folder}: the tensor {key} is missing")
+                raise FolderError(f"{self._stored.folder}: the tensor {key} is missing; {OTHER_CONFIG}")
             found = tensors[key].shape
             padded = entry.kind == "vocab" and found[1:] == dims[1:] and found[0] >= dims[0]
             if found != expected[key] and not padded:
-                raise FolderError(f"{self._stored.folder}: {key} has shape {found}, config.json says {expected[key]}")
+                raise FolderError(
+                    f"{self._stored.folder}: {key} has shape {found}, config.json says {expected[key]}; {OTHER_CONFIG}"
+                )
         ours = {key for key in tensors if key.startswith(MODEL_PREFIXES) and not key.endswith("_extra_state")}
         if extra := sorted(ours - expected.keys()):
             raise FolderError(
                 f"{self._stored.folder}: {len(extra)} tensors do not belong to the model of config.json, "
-                f"first {extra[0]}"
+                f"first {extra[0]}; {OTHER_CONFIG}"
             )
 
     @property

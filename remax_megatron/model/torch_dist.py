@@ -17,6 +17,7 @@ import json
 import pickle
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,20 @@ SAVED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+AGAIN = "copy the checkpoint again, or save it again"
+ITEM_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,  # what zipfile raises of other compressions
+    RuntimeError,  # and of passwords
+    EOFError,
+)
 
 
 def saved_key(entry: WeightEntry) -> str:
@@ -85,7 +100,7 @@ def _unpickle(file: Any, path: str, packages: tuple[str, ...]) -> Any:
     except FolderError:
         raise
     except Exception as error:  # a damaged pickle raises anything
-        raise FolderError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise FolderError(f"{path} is damaged: {type(error).__name__}: {error}; {AGAIN}") from error
 
 
 @dataclass(frozen=True)
@@ -125,18 +140,22 @@ class TorchDist:
             with open(path, "rb") as file:
                 index = _unpickle(file, str(path), ("torch", "megatron", "collections", "pathlib", "_codecs"))
         except OSError as error:
-            raise FolderError(f"{path} cannot be read: {error}") from error
+            raise FolderError(f"{path} cannot be read: {error}; {AGAIN}") from error
         try:
             self.tensors = self._tensors(index)
         except (AttributeError, TypeError, ValueError, IndexError) as error:
-            raise FolderError(f"{path} is not the index of a checkpoint: {type(error).__name__}: {error}") from error
+            raise FolderError(
+                f"{path} is not the index of a checkpoint: {type(error).__name__}: {error}; {AGAIN}"
+            ) from error
 
     def _formats(self) -> dict:
         path = self.folder / "metadata.json"
         try:
             formats = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise FolderError(f"{self.folder} is not a distributed checkpoint: metadata.json: {error}") from error
+            raise FolderError(
+                f"{self.folder} is not a distributed checkpoint: metadata.json: {error}; {AGAIN}"
+            ) from error
         return formats if isinstance(formats, dict) else {}
 
     def _tensors(self, index: Any) -> dict[str, StoredTensor]:
@@ -153,11 +172,19 @@ class TorchDist:
             if not hasattr(stored, "chunks"):
                 continue  # an object
             dtype = stored.properties.state[0] if hasattr(stored.properties, "state") else stored.properties.dtype
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{key} has no type")
             chunks = []
             for chunk in stored.chunks:
                 if (key, chunk.offsets) not in places:
                     raise FolderError(f"{self.folder}: no file holds the chunk of {key} at {chunk.offsets}")
-                chunks.append(Chunk(chunk.offsets, chunk.sizes, *places[key, chunk.offsets]))
+                found = Chunk(chunk.offsets, chunk.sizes, *places[key, chunk.offsets])
+                numbers = (*found.offsets, *found.shape, found.start, found.size)
+                if not all(type(number) is int and number >= 0 for number in numbers):
+                    raise ValueError(f"{key} has a chunk with numbers {numbers}")
+                if not len(found.offsets) == len(found.shape) == len(stored.size):
+                    raise ValueError(f"{key} of shape {stored.size} has a chunk of shape {found.shape}")
+                chunks.append(found)
             tensors[key] = StoredTensor(stored.size, dtype, sorted(chunks, key=lambda chunk: chunk.offsets))
         return tensors
 
@@ -178,7 +205,9 @@ class TorchDist:
             columns = [0, *itertools.accumulate(widths)]
             whole = len(dims) == 1 or [c.offsets[len(lead) + 1] for c in band] == columns[:-1]
             if sum(widths) != width or not whole:
-                raise FolderError(f"{self.folder}: the chunks of {key} do not cover its row {row} exactly once")
+                raise FolderError(
+                    f"{self.folder}: the chunks of {key} do not cover its row {row} exactly once; {AGAIN}"
+                )
             end = min(end, stop)
             places = [
                 (chunk.path, self._data_start(key, chunk, tensor.dtype), chunk.offsets[len(lead)], w * itemsize)
@@ -198,8 +227,12 @@ class TorchDist:
         if chunk not in self._data_starts:
             try:
                 self._data_starts[chunk] = _find_data(chunk, dtype)
-            except (OSError, zipfile.BadZipFile, struct.error, KeyError, ValueError, AttributeError) as error:
-                raise FolderError(f"{chunk.path} does not hold {key} at byte {chunk.start}: {error}") from error
+            except FolderError:
+                raise
+            except ITEM_ERRORS as error:
+                raise FolderError(
+                    f"{chunk.path} does not hold {key} at byte {chunk.start}: {error}; {AGAIN}"
+                ) from error
         return self._data_starts[chunk]
 
 
@@ -258,6 +291,9 @@ def _find_data(chunk: Chunk, dtype: torch.dtype) -> int:
         data = records[f"data/{key}"]
         if data.compress_type != zipfile.ZIP_STORED:
             raise ValueError("it is compressed")
+        end = (offset + torch.Size(chunk.shape).numel()) * dtype.itemsize
+        if offset < 0 or end > data.file_size:
+            raise ValueError(f"its storage has {data.file_size} bytes, expected {end}")
         window.seek(data.header_offset + 26)
         name_size, extra_size = struct.unpack("<HH", window.read(4))
         return chunk.start + data.header_offset + 30 + name_size + extra_size + offset * dtype.itemsize
