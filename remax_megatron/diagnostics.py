@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from remax_megatron.algorithm.estimators import estimator_variances
 from remax_megatron.types import Rollout, Row
 
 if TYPE_CHECKING:
@@ -13,33 +14,62 @@ if TYPE_CHECKING:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], rows: Sequence[Row]) -> dict[str, float]:
-    """Rewards, baselines, advantages and lengths. `baseline/win_share`: samples that beat the greedy answer."""
+    """Rewards, baselines, advantages and lengths, and the variances that other estimators' advantages would have had.
+
+    `advantage/*` are over answers, of an answer's mean over its tokens (they differ with a KL in the reward).
+    """
     samples = [sample for rollout in rollouts for sample in rollout.samples]
-    advantages = [s.reward - rollout.greedy.reward for rollout in rollouts for s in rollout.samples]
+    rewards, lengths = [s.reward for s in samples], [len(s.token_ids) for s in samples]
+    advantages = [sum(row.advantages) / len(row.advantages) if row.advantages else 0.0 for row in rows]
     count = len(samples)
-    mean_advantage = sum(advantages) / count
-    lengths = [len(sample.token_ids) for sample in samples]
-    return {
-        "reward/mean": sum(s.reward for s in samples) / count,
-        "baseline/mean": sum(r.greedy.reward for r in rollouts) / len(rollouts),
-        "advantage/mean": mean_advantage,
-        "advantage/std": (sum((a - mean_advantage) ** 2 for a in advantages) / count) ** 0.5,
-        "advantage/zero_share": sum(a == 0.0 for a in advantages) / count,
-        "baseline/win_share": sum(a > 0.0 for a in advantages) / count,
-        "baseline/tie_share": sum(a == 0.0 for a in advantages) / count,
-        "baseline/lose_share": sum(a < 0.0 for a in advantages) / count,
+    metrics = {
+        "reward/mean": sum(rewards) / count,
+        "reward/std": _std(rewards),
+        "reward/min": min(rewards),
+        "reward/max": max(rewards),
+        "advantage/mean": sum(advantages) / count,
+        "advantage/std": _std(advantages),
+        "advantage/zero_share": sum(not any(row.advantages) for row in rows) / count,
         "response/mean_tokens": sum(lengths) / count,
+        "response/std_tokens": _std(lengths),
+        "response/min_tokens": min(lengths),
         "response/max_tokens": max(lengths),
         "response/truncated_share": sum(not s.finished for s in samples) / count,
         "batch/num_tokens": sum(row.num_tokens for row in rows),
     }
+    greedy = [rollout.greedy.reward for rollout in rollouts if rollout.greedy is not None]
+    variances = estimator_variances(
+        [[sample.reward for sample in rollout.samples] for rollout in rollouts], greedy or None
+    )
+    metrics |= {f"variance/{name}": variance for name, variance in variances.items()}
+    return metrics | (_against_greedy(rollouts) if greedy else {})
+
+
+def _against_greedy(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """How samples compare with the greedy answer of their prompt; `win_share`: they beat it."""
+    gains = [s.reward - r.greedy.reward for r in rollouts if r.greedy is not None for s in r.samples]
+    return {
+        "baseline/mean": sum(r.greedy.reward for r in rollouts if r.greedy is not None) / len(rollouts),
+        "baseline/win_share": sum(gain > 0.0 for gain in gains) / len(gains),
+        "baseline/tie_share": sum(gain == 0.0 for gain in gains) / len(gains),
+        "baseline/lose_share": sum(gain < 0.0 for gain in gains) / len(gains),
+    }
+
+
+def _std(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5
 
 
 def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     """Means over the optimizer steps of one rollout batch; micro-batches are counted over all of them.
 
-    The mismatch between engine and policy is that of the first step, the only one before any weight moved.
+    Importance weights and the mismatch between engine and policy are those of the first step, the only one before
+    any weight moved.
     """
+
+    if not results:  # every advantage was 0, and so is the gradient
+        return {"actor/loss": 0.0, "actor/grad_norm": 0.0, "actor/num_updates": 0}
 
     def mean(name: str) -> float:
         return sum(getattr(result, name) for result in results) / len(results)
@@ -52,12 +82,14 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
         "actor/clip_share": mean("clip_share"),
         "actor/dual_clip_share": mean("dual_clip_share"),
         "actor/approx_kl": mean("approx_kl"),
+        "actor/kl": mean("kl"),
         "actor/num_updates": len(results),
         "batch/num_microbatches": sum(result.num_microbatches for result in results),
         "batch/fill": mean("fill"),
         "rollout/logprob_diff_mean": results[0].mismatch_mean,
         "rollout/logprob_diff_signed_mean": results[0].mismatch_signed_mean,
         "rollout/logprob_diff_max": results[0].mismatch_max,
+        **results[0].importance,
     }
 
 
@@ -79,7 +111,7 @@ def throughput_metrics(
 ) -> dict[str, float]:
     """Tokens per second of the whole run: trained ones (prompts included, once per pass over them) per second of
     update, generated ones (greedy answers included) per second of rollout."""
-    generated = sum(len(c.token_ids) for r in rollouts for c in (r.greedy, *r.samples))
+    generated = sum(len(c.token_ids) for r in rollouts for c in r.completions)
     trained = sum(result.num_tokens for result in results)
     return {
         "throughput/trained_tokens_per_s": trained / max(times.get("time/update_s", 0.0), 1e-9),

@@ -25,7 +25,7 @@ from remax_megatron.atomic import replacing
 from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
+from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError, needs_reference
 from remax_megatron.data.dataset import PromptDataset, load_prompts
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
 from remax_megatron.model.hf_folder import write_hf_folder
@@ -192,7 +192,10 @@ def _check_agreement(config: Config, inputs: Inputs) -> None:
 
 def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, is_first: bool) -> Trainer:
     """Megatron's groups, the policy, the engine, the bridge between them, and the loop over it all. Collective."""
+    from remax_megatron.algorithm.estimators import get_estimator
+    from remax_megatron.learner import Learner
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.reference import Reference
     from remax_megatron.rollout.bridge import Bridge
     from remax_megatron.rollout.collect import Collector
     from remax_megatron.rollout.engine import Engine
@@ -224,8 +227,20 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         model_folder=inputs.model_folder,
         temperature=rollout.temperature,
         recompute=config.actor_rollout_ref.model.enable_gradient_checkpointing,
+        correction=config.algorithm.rollout_correction,
         log=say,
     )
+    reference = None
+    if needs_reference(config):
+        reference = Reference(
+            facts,
+            layout,
+            actor,
+            model_folder=inputs.model_folder,
+            temperature=rollout.temperature,
+            offload=config.actor_rollout_ref.ref.megatron.param_offload,
+            log=say,
+        )
     policy.release_training_memory()  # vLLM measures what is free when it starts
     dtype = rollout.dtype or actor.megatron.dtype
     engine = Engine(
@@ -239,6 +254,7 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         device=device,
         tied_embeddings=facts.tied_embeddings,
         stop_token_ids=inputs.stop_token_ids,
+        greedy=get_estimator(config.algorithm.adv_estimator).needs_greedy,
     )
     bridge = Bridge(
         policy,
@@ -250,7 +266,8 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
     )
     timer = PhaseTimer()
     collector = Collector(engine, inputs.scorer, timer)
-    return Trainer(config, policy, bridge, collector, inputs.train_prompts, inputs.val_prompts, timer, writer)
+    learner = Learner(config, policy, reference, say)
+    return Trainer(config, learner, bridge, collector, inputs.train_prompts, inputs.val_prompts, timer, writer)
 
 
 def _export(trainer: Trainer, model_folder: str) -> None:
@@ -259,7 +276,7 @@ def _export(trainer: Trainer, model_folder: str) -> None:
     run_dir = Path(config.trainer.default_local_dir)
     if config.trainer.export_hf:
         dtype = getattr(torch, config.actor_rollout_ref.actor.megatron.dtype)
-        stream = trainer.policy.weight_stream(dtype, config.actor_rollout_ref.rollout.sync_bucket_mb * 2**20)
+        stream = trainer.learner.policy.weight_stream(dtype, config.actor_rollout_ref.rollout.sync_bucket_mb * 2**20)
         if writer is not None:
             write_hf_folder(run_dir / "hf", iter(stream), model_folder)
             writer.say(f"Trained policy: {run_dir / 'hf'}")

@@ -13,17 +13,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from remax_megatron.algorithm.advantages import training_rows
 from remax_megatron.atomic import replacing
 from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset, batches
 from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
 from remax_megatron.evaluation import validate
+from remax_megatron.learner import Learner
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
-from remax_megatron.policy.policy import Policy, UpdateResult
 from remax_megatron.rollout.bridge import Bridge
 from remax_megatron.rollout.collect import Collector
-from remax_megatron.types import Prompt, Rollout, Row
+from remax_megatron.types import Prompt, Rollout
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Trainer:
     """The parts of a run. `writer` exists on rank 0 only."""
 
     config: Config
-    policy: Policy
+    learner: Learner
     bridge: Bridge
     collector: Collector
     train_prompts: PromptDataset
@@ -46,14 +45,14 @@ class Trainer:
         for step, epoch, prompts in self._steps():
             with self.timer.phase("step"):
                 rollouts = self.collector.rollouts(prompts, step=step)
-                rows = training_rows(rollouts)
                 with self.timer.phase("update"):
-                    updates = [self._update(rows, epoch, step) for rows in self._mini_batches(rows)]
+                    learned = self.learner.learn(rollouts, f"Epoch {epoch}, Step {step}")
                 with self.timer.phase("sync"):
                     sync = self.bridge.sync()
             times = self.timer.pop()
-            metrics = {"epoch": epoch, **rollout_metrics(rollouts, rows), **update_metrics(updates)}
-            metrics |= sync_metrics(sync) | times | throughput_metrics(rollouts, updates, times)
+            metrics = {"epoch": epoch, **rollout_metrics(rollouts, learned.rows), **update_metrics(learned.updates)}
+            metrics |= learned.metrics | sync_metrics(sync) | times
+            metrics |= throughput_metrics(rollouts, learned.updates, times)
             metrics |= self._validate(due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
             self._dump(step, rollouts)
             self._log(step, metrics)
@@ -87,29 +86,6 @@ class Trainer:
             for batch in tqdm(order, title, unit="step", disable=self.writer is None, mininterval=often):
                 step += 1
                 yield step, epoch, [self.train_prompts[i] for i in batch]
-
-    def _mini_batches(self, rows: list[Row]) -> list[list[Row]]:
-        """The rows of each optimizer step. With more than one, the log-probabilities before the first are kept in
-        the rows; with one every ratio is exactly 1 and that pass is left out."""
-        actor = self.config.actor_rollout_ref.actor
-        size = (
-            actor.ppo_mini_batch_size or self.config.data.train_batch_size
-        ) * self.config.actor_rollout_ref.rollout.n
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)] * actor.ppo_epochs
-        if len(parts) > 1:
-            for row, logprobs in zip(rows, self.policy.logprobs(rows), strict=True):
-                row.old_logprobs = logprobs
-        return parts
-
-    def _update(self, rows: Sequence[Row], epoch: int, step: int) -> UpdateResult:
-        schedule = self.policy.schedule(rows)
-        if self.writer is not None and self.config.actor_rollout_ref.actor.use_dynamic_bsz:
-            for rank in schedule:
-                for batch in rank:
-                    num_tokens = sum(rows[i].num_tokens for i in batch)
-                    text = f"Epoch {epoch}, Step {step}: Dynamic Batch: {len(batch)} samples ({num_tokens} tokens)"
-                    self.writer.say(text)
-        return self.policy.update(rows, schedule)
 
     # -- records ---------------------------------------------------------------------------------------------------
 

@@ -48,11 +48,17 @@ class Completion:
 
 @dataclass
 class Rollout:
-    """A prompt, its n sampled answers, and the greedy answer whose reward is ReMax's baseline."""
+    """A prompt, its n sampled answers, and the greedy answer whose reward is ReMax's baseline (None where the
+    estimator needs none)."""
 
     prompt: Prompt
     samples: list[Completion]
-    greedy: Completion
+    greedy: Completion | None
+
+    @property
+    def completions(self) -> list[Completion]:
+        """The greedy answer, where there is one, and the samples."""
+        return [*([] if self.greedy is None else [self.greedy]), *self.samples]
 
 
 @dataclass
@@ -60,7 +66,9 @@ class Row:
     """One sampled answer as the update sees it: tokens, and the advantage of each response token (per token,
     because a KL in the reward makes it differ along the answer).
 
-    `old_logprobs` is None when every ratio is exactly 1 (one update per rollout batch).
+    `weight` is that of each token in the loss, counted over the whole update (algorithm.aggregation); None until then.
+    `old_logprobs` is None when every ratio is exactly 1 (one update per rollout batch), `ref_logprobs` when nothing
+    asks for a KL.
     """
 
     prompt_ids: tuple[int, ...]
@@ -68,6 +76,8 @@ class Row:
     advantages: list[float]
     rollout_logprobs: list[float]
     old_logprobs: list[float] | None = None
+    ref_logprobs: list[float] | None = None
+    weight: float | None = None
 
     @property
     def num_tokens(self) -> int:

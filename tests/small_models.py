@@ -16,6 +16,7 @@ def make_qwen2(
     heads: int = 4,
     layers: int = 4,
     seed: int = 0,
+    std: float = 0.15,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
 ) -> Path:
@@ -46,6 +47,6 @@ def make_qwen2(
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
             else:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=std)
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

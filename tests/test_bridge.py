@@ -59,6 +59,7 @@ def build(folder: str, device, *, tp=1, pp=1, vllm_tp=1, temperature=0.8, bucket
 
 def train(policy, engine, bridge, prompts, step: int) -> None:
     """One update that moves every weight (rank 0's rollouts for all)."""
+    from remax_megatron.algorithm.aggregation import weigh_rows
     from remax_megatron.types import Row
 
     rows = [
@@ -66,6 +67,7 @@ def train(policy, engine, bridge, prompts, step: int) -> None:
         for r in engine.rollout(prompts, step=step)
         for i, s in enumerate(r.samples)
     ]
+    weigh_rows(rows, "token-mean")
     policy.update(rows)
 
 

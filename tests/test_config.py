@@ -38,6 +38,7 @@ TINY = ModelFacts(4, 128, 384, 4, 2, 32, 512, True, 512)
 
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = f"{ACTOR}.megatron"
+CORRECTION = "algorithm.rollout_correction"
 ROLLOUT = "actor_rollout_ref.rollout"
 
 
@@ -357,9 +358,9 @@ BROKEN = {
     "choice": (["data.truncation=middle"], ["data.truncation=middle", "error, left, right"]),
     "device": (["trainer.device=tpu"], ["trainer.device=tpu", "auto, cuda, cpu"]),
     "resume": (["trainer.resume_mode=auto"], ["resume_mode=auto", "disable", "checkpoints are not offered"]),
-    "estimator": (["algorithm.adv_estimator=grpo"], ["adv_estimator=grpo", "set it to remax"]),
+    "estimator": (["algorithm.adv_estimator=gae"], ["adv_estimator=gae", "remax, rloo, grpo, reinforce"]),
     "fsdp": ([f"{ACTOR}.strategy=fsdp"], ["strategy=fsdp", "set it to megatron", "fsdp_config"]),
-    "loss mode": ([f"{ACTOR}.loss_agg_mode=seq-mean-token-sum"], ["loss_agg_mode", "token-mean"]),
+    "loss mode": ([f"{ACTOR}.loss_agg_mode=batch-mean"], ["loss_agg_mode=batch-mean", "token-mean"]),
     "engine": ([f"{ROLLOUT}.name=sglang"], ["rollout.name=sglang", "vllm"]),
     "dtype": ([f"{MEGATRON}.dtype=float16"], ["dtype=float16", "bfloat16, float32"]),
     "rollout dtype": ([f"{ROLLOUT}.dtype=half"], ["dtype=half", "null, bfloat16, float32"]),
@@ -378,8 +379,35 @@ BROKEN = {
     "top_p": ([f"{ROLLOUT}.top_p=0.9"], ["top_p=0.9", "renormalised", "top_p=1.0"]),
     "top_k": ([f"{ROLLOUT}.top_k=50"], ["top_k=50", "renormalised", "top_k=-1"]),
     "gamma": (["algorithm.gamma=0.99"], ["gamma=0.99", "algorithm.gamma=1.0"]),
-    "kl reward": (["algorithm.use_kl_in_reward=True"], ["needs a reference policy", "use_kl_in_reward=False"]),
-    "kl loss": ([f"{ACTOR}.use_kl_loss=True"], ["needs a reference policy", "use_kl_loss=False"]),
+    "one answer": (["algorithm.adv_estimator=rloo", f"{ROLLOUT}.n=1"], ["rollout.n=1", "rloo", "at least 2"]),
+    "skip kl": (
+        [f"{ACTOR}.skip_zero_advantage=True", f"{ACTOR}.use_kl_loss=True"],
+        ["would change the gradient", "use_kl_loss=True", "skip_zero_advantage=null"],
+    ),
+    "skip entropy": (
+        [f"{ACTOR}.skip_zero_advantage=True", f"{ACTOR}.entropy_coeff=0.01"],
+        ["entropy_coeff=0.01", "skip_zero_advantage=null"],
+    ),
+    "bypass and weights": (
+        [f"{CORRECTION}.bypass_old_logprobs=True", f"{CORRECTION}.rollout_is=token"],
+        ["already the importance weight", "rollout_is=null"],
+    ),
+    "bypass without ratio": (
+        [f"{CORRECTION}.bypass_old_logprobs=True", f"{ACTOR}.policy_loss=reinforce"],
+        ["needs a loss with a ratio", "policy_loss=ppo_clip"],
+    ),
+    "adaptive kl": (
+        ["algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.horizon=50"],
+        ["horizon=50", "batches of 256 answers", "above 51.2"],
+    ),
+    "adaptive from 0": (
+        ["algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.kl_coef=0"],
+        ["kl_coef=0 stays 0", "above 0"],
+    ),
+    "share by rows": (
+        [f"{ACTOR}.share_prompts=True", f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"],
+        ["share_prompts=True", "use_dynamic_bsz=True"],
+    ),
     "save": (["trainer.save_freq=10"], ["save_freq=10", "checkpoints are not offered", "save_freq=-1"]),
     "padding": (["actor_rollout_ref.model.use_remove_padding=False"], ["always packed", "use_remove_padding=True"]),
     "remote code": (["actor_rollout_ref.model.trust_remote_code=True"], ["never executed", "trust_remote_code=False"]),

@@ -207,13 +207,13 @@ def replay_worker(payload):
     from megatron.core import parallel_state as mpu
 
     from remax_megatron.parallel.layout import init_distributed
-    from tests.test_policy_parity import build_policy
+    from tests.test_policy_parity import build_policy, take_update
 
     device = init_distributed("cpu", 120)
     results = []
     for layout, settings in payload["cases"]:
         policy = build_policy(payload["folder"], layout, device, **settings)
-        update = policy.update(payload["rows"])
+        update = take_update(policy, payload["rows"])
         results.append((layout, settings, update.loss, update.grad_norm, update.mismatch_max))
         mpu.destroy_model_parallel()
     return results

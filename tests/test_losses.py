@@ -1,12 +1,11 @@
-"""Policy losses by a hand table, and the one division."""
+"""Policy losses by a hand table."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from remax_megatron.algorithm.losses import Clip, LossScale, clipped_policy_loss
-from remax_megatron.types import Row
+from remax_megatron.algorithm.losses import Clip, clipped_policy_loss, reinforce_loss
 
 # ratio w, advantage A -> loss, clipped?, dual-clipped?, and d loss / d logprob (clip 0.2, dual clip 3).
 # Where nothing is clipped loss = -A w and its gradient is the same number; where it is, the gradient is 0.
@@ -39,12 +38,12 @@ def test_one_token(ratio, advantage, loss, clipped, dual, gradient) -> None:
     ratio_R, advantage_R, old_R = tensors([ratio], [advantage], [-0.7])
     logprob_R = logprob_at(ratio_R, old_R)
     result = clipped_policy_loss(logprob_R, old_R, advantage_R, Clip())
-    assert result.loss.item() == pytest.approx(loss, abs=1e-6)
-    assert (result.num_clipped.item(), result.num_dual_clipped.item()) == (clipped, dual)
-    assert result.sum_old_minus_new.item() == pytest.approx(-torch.tensor(ratio).log().item(), abs=1e-6)
-    (grad_R,) = torch.autograd.grad(result.loss, logprob_R)
+    assert result.loss_R.sum().item() == pytest.approx(loss, abs=1e-6)
+    assert (result.clipped_R.sum().item(), result.dual_clipped_R.sum().item()) == (clipped, dual)
+    assert result.old_minus_new_R.sum().item() == pytest.approx(-torch.tensor(ratio).log().item(), abs=1e-6)
+    (grad_R,) = torch.autograd.grad(result.loss_R.sum(), logprob_R)
     assert grad_R.item() == pytest.approx(gradient, abs=1e-6)
-    assert not result.sum_old_minus_new.requires_grad
+    assert not result.old_minus_new_R.requires_grad
 
 
 def test_tokens_are_summed() -> None:
@@ -52,11 +51,11 @@ def test_tokens_are_summed() -> None:
     old_R = torch.linspace(-3.0, -0.1, len(TABLE))
     logprob_R = logprob_at(ratio_R, old_R)
     result = clipped_policy_loss(logprob_R, old_R, advantage_R, Clip())
-    assert result.loss.item() == pytest.approx(2.4, abs=1e-5)  # -3.9 + 6.3 + 0
-    assert (result.num_clipped.item(), result.num_dual_clipped.item()) == (3, 1)
+    assert result.loss_R.sum().item() == pytest.approx(2.4, abs=1e-5)  # -3.9 + 6.3 + 0
+    assert (result.clipped_R.sum().item(), result.dual_clipped_R.sum().item()) == (3, 1)
     # 0.5 x 1 x 1.5 x 4 = 3 for each of the three advantages
-    assert result.sum_old_minus_new.item() == pytest.approx(-3 * torch.tensor(3.0).log().item(), abs=1e-5)
-    (grad_R,) = torch.autograd.grad(result.loss, logprob_R)
+    assert result.old_minus_new_R.sum().item() == pytest.approx(-3 * torch.tensor(3.0).log().item(), abs=1e-5)
+    (grad_R,) = torch.autograd.grad(result.loss_R.sum(), logprob_R)
     torch.testing.assert_close(grad_R, torch.tensor([row[5] for row in TABLE]), rtol=1e-5, atol=1e-6)
 
 
@@ -64,7 +63,7 @@ def test_clip_settings_are_used() -> None:
     # Clip-higher 0.28: w = 1.5 -> 1.28. Low 0.1: w = 0.5 -> 0.9 at A = -1. Dual clip 2: w = 4, A = -2 -> 4.
     ratio_R, advantage_R, old_R = tensors([1.5, 0.5, 4.0], [1.0, -1.0, -2.0], [0.0, 0.0, 0.0])
     result = clipped_policy_loss(ratio_R.log(), old_R, advantage_R, Clip(low=0.1, high=0.28, dual=2.0))
-    assert result.loss.item() == pytest.approx(-1.28 + 0.9 + 4.0, abs=1e-5)
+    assert result.loss_R.sum().item() == pytest.approx(-1.28 + 0.9 + 4.0, abs=1e-5)
 
 
 def test_gradient_at_ratio_one_is_reinforce() -> None:
@@ -75,11 +74,11 @@ def test_gradient_at_ratio_one_is_reinforce() -> None:
     losses = []
     for old_R in (None, logprob_R.detach().clone()):
         result = clipped_policy_loss(logprob_R, old_R, advantage_R, Clip())
-        (grad_R,) = torch.autograd.grad(result.loss, logprob_R)
+        (grad_R,) = torch.autograd.grad(result.loss_R.sum(), logprob_R)
         assert torch.equal(grad_R, reinforce)  # bitwise
-        assert (result.num_clipped.item(), result.num_dual_clipped.item()) == (0, 0)
-        assert result.sum_old_minus_new.item() == 0.0
-        losses.append(result.loss.detach())
+        assert (result.clipped_R.sum().item(), result.dual_clipped_R.sum().item()) == (0, 0)
+        assert result.old_minus_new_R.sum().item() == 0.0
+        losses.append(result.loss_R.sum().detach())
     # No old logprobs is the same as old == new: -sum(A).
     assert torch.equal(losses[0], losses[1])
     torch.testing.assert_close(losses[0], -advantage_R.sum())
@@ -90,41 +89,27 @@ def test_an_extreme_ratio_stays_finite() -> None:
     advantage_R, old_R = tensors([-1.0, 1.0, -1.0, 0.0], [-200.0, 0.0, 0.0, -200.0])
     logprob_R = torch.tensor([0.0, -200.0, -200.0, 0.0]).requires_grad_()
     result = clipped_policy_loss(logprob_R, old_R, advantage_R, Clip())
-    assert result.loss.item() == pytest.approx(3.0 - 0.0 + 0.8 + 0.0, abs=1e-6)
-    (grad_R,) = torch.autograd.grad(result.loss, logprob_R)
+    assert result.loss_R.sum().item() == pytest.approx(3.0 - 0.0 + 0.8 + 0.0, abs=1e-6)
+    (grad_R,) = torch.autograd.grad(result.loss_R.sum(), logprob_R)
     assert grad_R.tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
 def test_no_token() -> None:
     empty_R = torch.zeros(0, requires_grad=True)
     result = clipped_policy_loss(empty_R, torch.zeros(0), torch.zeros(0), Clip())
-    assert result.loss.item() == 0.0 and result.num_clipped.item() == 0
-    (grad_R,) = torch.autograd.grad(result.loss, empty_R)
+    assert result.loss_R.sum().item() == 0.0 and result.clipped_R.sum().item() == 0
+    (grad_R,) = torch.autograd.grad(result.loss_R.sum(), empty_R)
     assert grad_R.shape == (0,)
-
-
-def row(prompt: int, response: int) -> Row:
-    return Row((1,) * prompt, [2] * response, [1.0] * response, [0.0] * response)
-
-
-def test_loss_scale_divides_once_by_the_response_tokens_of_the_update() -> None:
-    scale = LossScale.of([row(3, 5), row(2, 0), row(7, 3)])
-    assert scale.num_tokens == 8  # prompts do not count
-    total = torch.tensor(2.0, requires_grad=True)
-    scaled = scale(total)
-    assert scaled.item() == 0.25
-    assert torch.autograd.grad(scaled, total)[0].item() == 0.125
 
 
 def test_cutting_the_update_into_micro_batches_does_not_change_loss_or_gradient() -> None:
     generator = torch.Generator().manual_seed(1)
     logprob_R, advantage_R = -torch.rand(8, generator=generator), torch.randn(8, generator=generator)
     old_R = logprob_R + 0.4 * torch.randn(8, generator=generator)
-    scale = LossScale(8)
     found = []
     for parts in ([slice(0, 8)], [slice(0, 1), slice(1, 6), slice(6, 6), slice(6, 8)]):
         leaf_R = logprob_R.clone().requires_grad_()
-        losses = [scale(clipped_policy_loss(leaf_R[p], old_R[p], advantage_R[p], Clip()).loss) for p in parts]
+        losses = [clipped_policy_loss(leaf_R[p], old_R[p], advantage_R[p], Clip()).loss_R.sum() / 8 for p in parts]
         for loss in losses:
             loss.backward()
         found.append((sum(loss.item() for loss in losses), leaf_R.grad))
@@ -132,7 +117,28 @@ def test_cutting_the_update_into_micro_batches_does_not_change_loss_or_gradient(
     assert torch.equal(found[0][1], found[1][1])
 
 
-@pytest.mark.parametrize("rows", [[], [row(4, 0), row(2, 0)]])
-def test_an_update_without_response_tokens_is_refused(rows: list[Row]) -> None:
-    with pytest.raises(ValueError, match="the update has no response token to learn from"):
-        LossScale.of(rows)
+def test_losses_per_token_are_those_of_the_table() -> None:
+    ratio_R, advantage_R = tensors([row[0] for row in TABLE], [row[1] for row in TABLE])
+    old_R = torch.linspace(-3.0, -0.1, len(TABLE))
+    logprob_R = logprob_at(ratio_R, old_R)
+    tokens = clipped_policy_loss(logprob_R, old_R, advantage_R, Clip())
+    assert tokens.loss_R.tolist() == pytest.approx([row[2] for row in TABLE], abs=1e-5)
+    assert tokens.clipped_R.tolist() == [row[3] for row in TABLE]
+    assert tokens.dual_clipped_R.tolist() == [row[4] for row in TABLE]
+    assert not tokens.old_minus_new_R.requires_grad
+    # Weighted tokens have weighted gradients: 0.1, 0.2, ... of the last column.
+    weight_R = 0.1 * torch.arange(1, len(TABLE) + 1)
+    (grad_R,) = torch.autograd.grad((weight_R * tokens.loss_R).sum(), logprob_R)
+    torch.testing.assert_close(grad_R, weight_R * torch.tensor([row[5] for row in TABLE]), rtol=1e-5, atol=1e-6)
+
+
+def test_plain_reinforce() -> None:
+    # -A log pi: 0.5 x 2 = 1, -1 x 3 = -3, 0; the gradient is -A, that of the clipped loss at ratio 1.
+    logprob_R, advantage_R = tensors([-2.0, -3.0, -1.0], [0.5, -1.0, 0.0])
+    logprob_R.requires_grad_()
+    loss_R = reinforce_loss(logprob_R, advantage_R)
+    assert loss_R.tolist() == [1.0, -3.0, 0.0]
+    (grad_R,) = torch.autograd.grad(loss_R.sum(), logprob_R)
+    assert grad_R.tolist() == [-0.5, 1.0, 0.0]
+    clipped = clipped_policy_loss(logprob_R, None, advantage_R, Clip())
+    assert torch.equal(torch.autograd.grad(clipped.loss_R.sum(), logprob_R)[0], grad_R)

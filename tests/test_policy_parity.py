@@ -51,6 +51,14 @@ def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_bat
     return Policy(facts, ranks, actor, model_folder=folder, temperature=1.0, recompute=recompute)
 
 
+def take_update(policy, rows: list[Row]):
+    """An optimizer step on all of `rows`, token mean."""
+    from remax_megatron.algorithm.aggregation import weigh_rows
+
+    weigh_rows(rows, "token-mean")
+    return policy.update(rows)
+
+
 def logits_of(policy, rows: list[Row]) -> list[torch.Tensor] | None:
     """Full logits [tokens, vocabulary] of every row, from the policy's own hidden states and head; on the ranks that
     hold the last stage."""
@@ -99,7 +107,7 @@ def worker(payload):
             policy = build_policy(folder, layout, device)
             logits = logits_of(policy, payload["rows"])
             largest = max((a - b).abs().max().item() for a, b in zip(logits, reference, strict=True))
-            update = policy.update(payload["rows"])
+            update = take_update(policy, payload["rows"])
             weights = {name: tensor.clone() for name, tensor in policy.weight_stream(torch.float32, 2**20)}
             results.append((folder, layout, largest, update.loss, update.grad_norm, weights))
             mpu.destroy_model_parallel()
@@ -150,7 +158,7 @@ def packing_worker(payload):
     results = []
     for settings in payload["settings"]:
         policy = build_policy(payload["folder"], (1, 1, None, False), device, **settings)
-        update = policy.update(payload["rows"])
+        update = take_update(policy, payload["rows"])
         results.append((settings, update.num_microbatches, update.loss, update.grad_norm))
         mpu.destroy_model_parallel()
     return results
@@ -181,7 +189,7 @@ def not_finite_worker(folder: str):
     rows = make_rows()
     rows[3].advantages[0] = float("nan")
     try:
-        policy.update(rows)
+        take_update(policy, rows)
     except FloatingPointError as error:
         after = dict(policy.weight_stream(torch.float32, 2**20))
         return str(error), all(torch.equal(before[name], after[name]) for name in before)
@@ -205,7 +213,7 @@ def reference_worker(payload):
     policy = build_policy(payload["folder"], (1, 1, None, False), device)
     updates = []
     for _ in range(2):
-        update = policy.update(payload["rows"])
+        update = take_update(policy, payload["rows"])
         updates.append((update.loss, update.grad_norm))
     stream = policy.weight_stream(torch.float32, 10**6)
     return updates, {name: tensor.clone() for name, tensor in stream}
@@ -242,7 +250,8 @@ def reference_steps(folder: str, rows: list[Row], num_steps: int):
 
 
 def test_two_steps_equal_a_hand_written_reference(models):
-    from remax_megatron.algorithm.advantages import remax_advantages, training_rows
+    from remax_megatron.algorithm.advantages import advantages, training_rows
+    from remax_megatron.algorithm.estimators import get_estimator
     from remax_megatron.types import Completion, Prompt, Rollout
 
     draw = random.Random(3)
@@ -260,8 +269,9 @@ def test_two_steps_equal_a_hand_written_reference(models):
         )
         for i, (sampled, greedy) in enumerate(rewards)
     ]
-    assert remax_advantages(rollouts) == [[1.0, 0.0, 1.0], [-1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
-    rows = training_rows(rollouts)
+    remax = get_estimator("remax")
+    assert advantages(rollouts, remax) == [[1.0, 0.0, 1.0], [-1.0, -1.0, 0.0], [0.0, 0.0, 0.0]]
+    rows = training_rows(rollouts, remax)
     for folder, _ in models:
         payload = {"folder": folder, "rows": rows}
         updates, weights = run_ranks("tests.test_policy_parity:reference_worker", 1, payload)[0]

@@ -48,13 +48,20 @@ ROLLOUTS = [
         Prompt(1, (1, 2, 3), "s", "1"), [completion(0.0, 8, finished=False), completion(1.0, 2)], completion(1.0, 3)
     ),
 ]
-ROWS = [Row(r.prompt.token_ids, s.token_ids, [], []) for r in ROLLOUTS for s in r.samples]
+ROWS = [
+    Row(r.prompt.token_ids, s.token_ids, [s.reward - r.greedy.reward] * len(s.token_ids), [])
+    for r in ROLLOUTS
+    for s in r.samples
+]
 
 
 def test_rollout_metrics_by_hand() -> None:
     # Rewards 1 0 | 0 1 against 0 | 1: advantages 1 0 -1 0. Rows of 6 8 11 5 tokens.
     assert rollout_metrics(ROLLOUTS, ROWS) == {
         "reward/mean": 0.5,
+        "reward/std": 0.5,
+        "reward/min": 0.0,
+        "reward/max": 1.0,
         "baseline/mean": 0.5,
         "advantage/mean": 0.0,
         "advantage/std": pytest.approx(0.5**0.5),
@@ -62,7 +69,14 @@ def test_rollout_metrics_by_hand() -> None:
         "baseline/win_share": 0.25,
         "baseline/tie_share": 0.5,
         "baseline/lose_share": 0.25,
+        # remax 1 0 -1 0; each of the others from 1 0 | 0 1: rloo 1 -1 -1 1, grpo half of it, reinforce the reward.
+        "variance/remax": 0.5,
+        "variance/rloo": 1.0,
+        "variance/grpo": 0.25,
+        "variance/reinforce": 0.25,
         "response/mean_tokens": 5.0,
+        "response/std_tokens": pytest.approx(5.0**0.5),
+        "response/min_tokens": 2,
         "response/max_tokens": 8,
         "response/truncated_share": 0.25,
         "batch/num_tokens": 30,
@@ -91,9 +105,10 @@ def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update()
             "fill",
             "learning_rate",
             "mismatch_signed_mean",
+            "kl",
         ]
         values = {name: x + i for i, name in enumerate(names)}
-        return SimpleNamespace(**values, num_microbatches=num_microbatches)
+        return SimpleNamespace(**values, num_microbatches=num_microbatches, importance={"importance/mean": x})
 
     assert update_metrics([result(0.0, 3), result(1.0, 4)]) == {
         "actor/loss": 0.5,
@@ -109,7 +124,10 @@ def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update()
         "rollout/logprob_diff_mean": 6.0,
         "rollout/logprob_diff_signed_mean": 10.0,
         "rollout/logprob_diff_max": 7.0,
+        "actor/kl": 11.5,
+        "importance/mean": 0.0,  # the first step's
     }
+    assert update_metrics([]) == {"actor/loss": 0.0, "actor/grad_norm": 0.0, "actor/num_updates": 0}
 
 
 def test_sync_metrics() -> None:

@@ -1,34 +1,22 @@
-"""ReMax's advantage (arXiv 2310.10505, eq. 8): the reward of a sample minus that of the policy's greedy answer.
-
-No critic, no group statistics, no normalisation. The baseline does not depend on the sampled actions, so the
-gradient stays unbiased; it must come from the same weights as the samples.
-"""
+"""From scored rollouts to the rows of an update, under any estimator of `algorithm.estimators`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from remax_megatron.algorithm.estimators import Estimator
 from remax_megatron.types import Rollout, Row
 
 
-def remax_advantages(rollouts: Sequence[Rollout]) -> list[list[float]]:
-    """[prompts][n]: reward of each sample minus the reward of its prompt's greedy answer.
-
-    ValueError when a sample and its baseline come from different weights.
-    """
-    advantages = []
-    for rollout in rollouts:
-        for sample in rollout.samples:
-            if sample.weight_version != rollout.greedy.weight_version:
-                raise ValueError(
-                    f"prompt {rollout.prompt.index}: the baseline comes from weight version "
-                    f"{rollout.greedy.weight_version}, a sample from {sample.weight_version}"
-                )
-        advantages.append([sample.reward - rollout.greedy.reward for sample in rollout.samples])
-    return advantages
+def advantages(rollouts: Sequence[Rollout], estimator: Estimator) -> list[list[float]]:
+    """[prompts][n]. ValueError when a baseline is missing or comes from other weights than its samples."""
+    greedy = None
+    if estimator.needs_greedy:
+        greedy = [_baseline(rollout, estimator.name) for rollout in rollouts]
+    return estimator.advantages([[sample.reward for sample in rollout.samples] for rollout in rollouts], greedy)
 
 
-def training_rows(rollouts: Sequence[Rollout]) -> list[Row]:
+def training_rows(rollouts: Sequence[Rollout], estimator: Estimator) -> list[Row]:
     """One row per sample, prompts in order, the advantage on every response token (undiscounted reward to go)."""
     return [
         Row(
@@ -37,6 +25,19 @@ def training_rows(rollouts: Sequence[Rollout]) -> list[Row]:
             advantages=[advantage] * len(sample.token_ids),
             rollout_logprobs=sample.logprobs,
         )
-        for rollout, row in zip(rollouts, remax_advantages(rollouts), strict=True)
+        for rollout, row in zip(rollouts, advantages(rollouts, estimator), strict=True)
         for sample, advantage in zip(rollout.samples, row, strict=True)
     ]
+
+
+def _baseline(rollout: Rollout, name: str) -> float:
+    """The reward of the greedy answer, after checking that the samples' weights wrote it."""
+    if rollout.greedy is None:
+        raise ValueError(f"prompt {rollout.prompt.index}: {name} needs the greedy answer, which was not generated")
+    for sample in rollout.samples:
+        if sample.weight_version != rollout.greedy.weight_version:
+            raise ValueError(
+                f"prompt {rollout.prompt.index}: the baseline comes from weight version "
+                f"{rollout.greedy.weight_version}, a sample from {sample.weight_version}"
+            )
+    return rollout.greedy.reward

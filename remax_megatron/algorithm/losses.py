@@ -1,24 +1,22 @@
-"""Policy losses as sums over tokens, and the one place that divides them.
+"""Policy losses per token. What weighs and sums the tokens is algorithm/aggregation.py, and nothing else scales a loss.
 
-A loss here is a sum over the response tokens of a micro-batch. `LossScale` divides it once, by a denominator counted
-over the whole update (all ranks, all micro-batches) before the first of them runs; so neither packing nor any layout
-can change the gradient. Megatron is told not to scale anything (`calculate_per_token_loss`, gradients summed).
+Weights are counted over the whole update (all ranks, all micro-batches) before the first of them runs; so neither
+packing nor any layout can change the gradient. Megatron is told not to scale anything (`calculate_per_token_loss`,
+gradients summed).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from remax_megatron.types import Row
-
 
 @dataclass(frozen=True)
 class Clip:
-    """PPO's clip range [1 - low, 1 + high] (arXiv 1707.06347) and the dual clip c > 1 (arXiv 1912.09729)."""
+    """PPO's clip range [1 - low, 1 + high] (arXiv 1707.06347; high above low is clip-higher, arXiv 2503.14476) and the
+    dual clip c > 1 (arXiv 1912.09729)."""
 
     low: float = 0.2
     high: float = 0.2
@@ -26,51 +24,40 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
-    """Sums over the R tokens of a micro-batch; `loss` carries the gradient."""
+class TokenLoss:
+    """All [R]: `loss_R` carries the gradient, the masks are bool, `old_minus_new_R` is in nats."""
 
-    loss: Tensor
-    num_clipped: Tensor
-    num_dual_clipped: Tensor
-    sum_old_minus_new: Tensor
+    loss_R: Tensor
+    clipped_R: Tensor
+    dual_clipped_R: Tensor
+    old_minus_new_R: Tensor
 
 
-def clipped_policy_loss(logprob_R: Tensor, old_logprob_R: Tensor | None, advantage_R: Tensor, clip: Clip) -> PolicyLoss:
+def clipped_policy_loss(logprob_R: Tensor, old_logprob_R: Tensor | None, advantage_R: Tensor, clip: Clip) -> TokenLoss:
     """PPO's clipped objective, negated, with dual clip; all inputs [R] float32.
 
     With `old_logprob_R` None the ratio is exactly 1 and its gradient is that of the log-probability: REINFORCE.
-    Per token, with ratio w and advantage A: -min(w A, clip(w) A), and for A < 0 at most -c A.
+    Per token, with ratio w and advantage A: -min(w A, clip(w) A), and for A < 0 at most -c A. A token is "clipped"
+    where the clip made its loss larger, "dual clipped" where the ceiling made it smaller.
     """
-    old = logprob_R.detach() if old_logprob_R is None else old_logprob_R
-    log_ratio = logprob_R - old
-    ratio = log_ratio.clamp(-20.0, 20.0).exp()
-    plain = -advantage_R * ratio
-    clipped = -advantage_R * ratio.clamp(1.0 - clip.low, 1.0 + clip.high)
-    pessimistic = torch.maximum(plain, clipped)
-    ceiling = -advantage_R * clip.dual
-    dual = torch.minimum(pessimistic, ceiling)
-    loss = torch.where(advantage_R < 0, dual, pessimistic)
-    return PolicyLoss(
-        loss=loss.sum(),
-        num_clipped=(clipped > plain).sum(),
-        num_dual_clipped=((advantage_R < 0) & (pessimistic > ceiling)).sum(),
-        sum_old_minus_new=-log_ratio.detach().sum(),
+    old_R = logprob_R.detach() if old_logprob_R is None else old_logprob_R
+    log_ratio_R = logprob_R - old_R
+    ratio_R = log_ratio_R.clamp(-20.0, 20.0).exp()
+    plain_R = -advantage_R * ratio_R
+    clipped_R = -advantage_R * ratio_R.clamp(1.0 - clip.low, 1.0 + clip.high)
+    pessimistic_R = torch.maximum(plain_R, clipped_R)
+    ceiling_R = -advantage_R * clip.dual
+    return TokenLoss(
+        loss_R=torch.where(advantage_R < 0, torch.minimum(pessimistic_R, ceiling_R), pessimistic_R),
+        clipped_R=clipped_R > plain_R,
+        dual_clipped_R=(advantage_R < 0) & (pessimistic_R > ceiling_R),
+        old_minus_new_R=-log_ratio_R.detach(),
     )
 
 
-@dataclass(frozen=True)
-class LossScale:
-    """Divides sums over tokens by the number of response tokens of the whole update ("token-mean")."""
+def reinforce_loss(logprob_R: Tensor, advantage_R: Tensor) -> Tensor:
+    """-A log pi(a) per token, [R] float32: plain REINFORCE (Williams 1992), no ratio, nothing clipped.
 
-    num_tokens: int
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> LossScale:
-        """From all rows of the update, on every rank alike; ValueError when they hold no response token."""
-        num_tokens = sum(len(row.response_ids) for row in rows)
-        if num_tokens == 0:
-            raise ValueError("the update has no response token to learn from")
-        return cls(num_tokens)
-
-    def __call__(self, total: Tensor) -> Tensor:
-        return total / self.num_tokens
+    At ratio 1 its gradient is that of `clipped_policy_loss`; its value is not.
+    """
+    return -advantage_R * logprob_R

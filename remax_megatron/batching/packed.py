@@ -1,6 +1,7 @@
 """Rows of a micro-batch as one packed (THD) sequence.
 
-Rows stand one after the other without padding between them. Padding tokens, where a layout needs the length to be a
+Rows stand one after the other without padding between them. Rows that share their prompt may stand behind one copy of
+it: then every answer's positions go on where the prompt ends. Padding tokens, where a layout needs the length to be a
 multiple (sequence parallelism) or likes few distinct lengths (bfloat16 kernels on CPU), form one more row of their
 own at the end, which nothing scores.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -21,8 +23,10 @@ class PackedBatch:
     """One micro-batch. `position_R[i]` is the packed position whose hidden state predicts `target_R[i]`.
 
     tokens_T, positions_T  [T] int64         cu_seqlens [num_rows + padding row + 1] int32
-    target_R               [R] int64         advantage_R, rollout_logprob_R, old_logprob_R [R] float32
-    `old_logprob_R` is None when every ratio is exactly 1; `rows` numbers the rows as the caller does.
+    target_R               [R] int64         weight_R, advantage_R, the logprobs [R] float32
+    `old_logprob_R` is None when every ratio is exactly 1, `ref_logprob_R` without a KL; `rows` numbers the rows as the
+    caller does, `response_lengths` cuts R into them. `segments` is None unless prompts are shared: (prompt tokens,
+    [tokens of each answer]) in order, see `SharedPromptParams`.
     """
 
     rows: list[int]
@@ -36,6 +40,20 @@ class PackedBatch:
     advantage_R: Tensor
     rollout_logprob_R: Tensor
     old_logprob_R: Tensor | None
+    ref_logprob_R: Tensor | None
+    weight_R: Tensor  # 0 for rows that were not weighed, which are only scored
+    response_lengths: list[int]
+    segments: list[tuple[int, list[int]]] | None = None
+
+
+def prompt_groups(rows: Sequence[Row], indices: Sequence[int]) -> list[list[int]]:
+    """`indices` cut where the prompt changes: the rows that can share one copy of it."""
+    return [list(group) for _, group in groupby(indices, key=lambda i: rows[i].prompt_ids)]
+
+
+def num_shared_tokens(rows: Sequence[Row], group: Sequence[int]) -> int:
+    """Tokens of a group of rows behind one copy of their prompt."""
+    return len(rows[group[0]].prompt_ids) + sum(len(rows[i].response_ids) for i in group)
 
 
 def pack(
@@ -44,45 +62,65 @@ def pack(
     *,
     pad_to: int,
     pad_limit: int | None = None,
+    share_prompts: bool = False,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
     """Pack `rows[i] for i in indices`; pad to a multiple of `pad_to`, but to no more than the token budget `pad_limit`.
 
     An empty micro-batch becomes padding only. Rows keep the order of `indices`.
     """
-    chosen = [rows[i] for i in indices]
-    lengths = [row.num_tokens for row in chosen]
-    num_tokens = sum(lengths)
+    groups = prompt_groups(rows, indices) if share_prompts else [[i] for i in indices]
+    tokens: list[int] = []
+    positions: list[int] = []
+    position_R: list[int] = []
+    segments: list[tuple[int, list[int]]] = []
+    for group in groups:
+        prompt_ids = rows[group[0]].prompt_ids
+        tokens.extend(prompt_ids)
+        positions.extend(range(len(prompt_ids)))
+        last_of_prompt = len(tokens) - 1
+        for i in group:
+            response_ids = rows[i].response_ids
+            position_R.extend(
+                [last_of_prompt, *range(len(tokens), len(tokens) + len(response_ids))][: len(response_ids)]
+            )
+            tokens.extend(response_ids)
+            positions.extend(range(len(prompt_ids), len(prompt_ids) + len(response_ids)))
+        answers = [len(rows[i].response_ids) for i in group]
+        # A single answer is one causal row together with its prompt.
+        segments.append((len(prompt_ids), answers) if len(group) > 1 else (len(prompt_ids) + answers[0], []))
+    num_tokens = len(tokens)
     padded = max(pad_to, -(-num_tokens // pad_to) * pad_to)
     if pad_limit is not None:
         padded = min(padded, max(pad_limit, pad_to))
-    padding = max(padded - num_tokens, 0)
-    segments = lengths + ([padding] if padding else [])
-    tokens: list[int] = []
-    position_R: list[int] = []
-    for row in chosen:
-        first_target = len(tokens) + len(row.prompt_ids)
-        tokens.extend(row.prompt_ids)
-        tokens.extend(row.response_ids)
-        position_R.extend(range(first_target - 1, len(tokens) - 1))
-    tokens.extend([0] * padding)
-    cu_seqlens = torch.tensor([0, *segments], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    old = [row.old_logprobs for row in chosen]
-    has_old = bool(chosen) and all(one is not None for one in old)
+    if padding := max(padded - num_tokens, 0):
+        segments.append((padding, []))
+        tokens.extend([0] * padding)
+        positions.extend(range(padding))
+    chosen = [rows[i] for i in indices]
+    lengths = [prompt + sum(answers) for prompt, answers in segments]
 
     def floats(values: list[list[float]]) -> Tensor:
         return torch.tensor([x for one in values for x in one], dtype=torch.float32, device=device)
+
+    def floats_if_all(values: list[list[float] | None]) -> Tensor | None:
+        given = [one for one in values if one is not None]
+        return floats(given) if values and len(given) == len(values) else None
 
     return PackedBatch(
         rows=list(indices),
         num_tokens=num_tokens,
         tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
-        positions_T=torch.cat([torch.arange(n) for n in segments]).to(device),
-        cu_seqlens=cu_seqlens.to(device),
-        max_seqlen=max(segments),
+        positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
+        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device),
+        max_seqlen=max(positions) + 1 if share_prompts else max(lengths),
         position_R=torch.tensor(position_R, dtype=torch.int64, device=device),
         target_R=torch.tensor([t for row in chosen for t in row.response_ids], dtype=torch.int64, device=device),
         advantage_R=floats([row.advantages for row in chosen]),
         rollout_logprob_R=floats([row.rollout_logprobs for row in chosen]),
-        old_logprob_R=floats(old) if has_old else None,  # type: ignore[arg-type]
+        old_logprob_R=floats_if_all([row.old_logprobs for row in chosen]),
+        ref_logprob_R=floats_if_all([row.ref_logprobs for row in chosen]),
+        weight_R=floats([[row.weight or 0.0] * len(row.response_ids) for row in chosen]),
+        response_lengths=[len(row.response_ids) for row in chosen],
+        segments=segments if share_prompts else None,
     )

@@ -1,6 +1,7 @@
 """Which rows form which micro-batch on which data-parallel rank. Pure: lengths in, indices out; no torch.
 
-Every rank calls with the same arguments and gets the same answer, so no collective is needed to agree.
+Every rank calls with the same arguments and gets the same answer (integer arithmetic and stable sorts only), so no
+collective is needed to agree.
 
 Invariants of a `Schedule`, each asserted by tests/test_schedule.py:
     1. every row is in exactly one micro-batch;
@@ -9,38 +10,99 @@ Invariants of a `Schedule`, each asserted by tests/test_schedule.py:
     4. that number is a multiple of `multiple_of` (the pipeline size under a virtual pipeline);
     5. the result depends on the arguments only.
 A micro-batch may be empty when there are fewer rows than micro-batches; the packer fills it with padding.
+
+What `schedule_by_tokens` aims at beyond them: few micro-batches; micro-batches of one index that cost the same on all
+ranks (they wait for each other where a collective or a pipeline couples them); ranks whose totals are the same; and
+the cheapest indices first and last with the dearest in the middle, because a pipeline idles during its warm-up and
+cool-down for as long as the first and the last micro-batches take. benchmarks/schedule.py measures all of it.
 """
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heapreplace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from remax_megatron.config.model_facts import ModelFacts
 
 # Schedule[dp_rank][micro_batch] = row numbers
 Schedule = list[list[list[int]]]
 
+REPAIR_TURNS = 40  # rounds of swaps that may bring micro-batches back under the budget before another count is tried
+STALLED = 6  # rounds within which the tokens over the budget must halve
+LEVEL_TURNS = 16  # rounds of swaps that level the costs within an index, and as many for those of ranks
+SAME_COST = 4096  # costs are level when they differ by less than one part in this
+PARTNERS = 12  # micro-batches that one over the budget looks for a swap in, per round
+COMB = 16  # rows of a micro-batch considered per round, every time others
+COST_BITS = 36  # costs of a micro-batch are scaled to this many bits, so that overflow * cost fits 64
 
-def schedule_by_tokens(lengths: Sequence[int], dp: int, token_budget: int, multiple_of: int = 1) -> Schedule:
-    """Fill micro-batches up to `token_budget` tokens: as few of them per rank as the packing finds, evenly loaded.
 
-    Rows are dealt longest first, each to the emptiest micro-batch; when one does not fit there it fits nowhere, and
-    one more micro-batch per rank is tried. Starts at the lower bound ceil(sum / (dp * budget)).
+@dataclass(frozen=True)
+class RowCost:
+    """The cost of a row of l tokens: linear * l + quadratic * l^2, in any unit; only ratios matter."""
+
+    linear: int
+    quadratic: int
+
+
+class _Rows(NamedTuple):
+    """Tokens and cost of each row and, last, of the empty row that stands for a free place in a table of bins."""
+
+    tokens: np.ndarray
+    costs: np.ndarray
+    budget: int
+
+
+def row_cost(facts: ModelFacts) -> RowCost:
+    """Floating-point operations of forward and backward for a row of l tokens, alone in its attention segment.
+
+    A matrix of n weights costs 2n per token forward and 4n backward (gradients of input and weight): 6n. Per layer n
+    is hidden * (2 * heads + 2 * kv_heads) * head_dim for query, output, key and value, and 3 * hidden * ffn for the
+    gated MLP; the head adds hidden * vocab, tied or not. Causal attention multiplies l^2 / 2 query-key pairs, twice
+    (scores, values), at 2 operations per pair and element of heads * head_dim: 2 * heads * head_dim * l^2 forward,
+    twice that backward, 6 in all. Not counted: what is recomputed, norms, softmax, and the embedding, a look-up.
+    """
+    attention = facts.num_attention_heads * facts.head_dim
+    key_value = facts.num_key_value_heads * facts.head_dim
+    layer = facts.hidden_size * (2 * attention + 2 * key_value + 3 * facts.ffn_hidden_size)
+    weights = facts.num_layers * layer + facts.hidden_size * facts.vocab_size
+    return RowCost(linear=6 * weights, quadratic=6 * facts.num_layers * attention)
+
+
+def schedule_by_tokens(
+    lengths: Sequence[int], dp: int, token_budget: int, multiple_of: int = 1, cost: RowCost | None = None
+) -> Schedule:
+    """Fill micro-batches up to `token_budget` tokens: few of them, balanced by `cost` (None: by tokens).
+
+    The count per rank starts at its lower bound, ceil(sum / (dp * token_budget)) rounded up to `multiple_of`. Rows are
+    dealt longest first to the emptiest micro-batch; swaps repair what is then over the budget. Failing that, best-fit
+    decreasing may do with this count or the next; otherwise its own count is taken (less than twice the tokens need).
+    Then the micro-batches are sorted by cost, dp neighbours form an index, swaps within an index level it, and the
+    ranks that have done least get the dearest of it.
 
     Raises ValueError when a row alone exceeds the budget, naming the setting.
     """
-    if lengths and max(lengths) > token_budget:
+    longest = max(lengths, default=0)
+    if longest > token_budget:
         raise ValueError(
-            f"a row of {max(lengths)} tokens exceeds ppo_max_token_len_per_gpu={token_budget}; raise it to at least "
+            f"a row of {longest} tokens exceeds ppo_max_token_len_per_gpu={token_budget}; raise it to at least "
             "data.max_prompt_length + data.max_response_length"
         )
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    lower = max(1, -(-sum(lengths) // (dp * token_budget)))
-    per_rank = -(-lower // multiple_of) * multiple_of
-    while True:
-        bins = _deal(lengths, order, dp * per_rank, token_budget)
-        if bins is not None:
-            return _over_ranks(lengths, bins, dp)
-        per_rank += multiple_of
+    cost = cost or RowCost(1, 0)
+    # No micro-batch within the budget costs more than this, since the sum of squares is at most the square of the sum.
+    shift = max(0, (token_budget * (cost.linear + cost.quadratic * token_budget)).bit_length() - COST_BITS)
+    tokens = np.array([*lengths, 0], dtype=np.int64)
+    costs = np.array([n * (cost.linear + cost.quadratic * n) >> shift for n in [*lengths, 0]], dtype=np.int64)
+    table = _fill(lengths, _Rows(tokens, tokens, token_budget), dp, multiple_of)
+    rows = _Rows(tokens, costs, token_budget)
+    _level_indices(table, rows, dp)
+    ranks = _over_ranks(costs[table].sum(1), dp)
+    _level_ranks(table, ranks, rows)
+    return [[sorted(row for row in table[i].tolist() if row < len(lengths)) for i in rank] for rank in ranks]
 
 
 def schedule_by_rows(num_rows: int, dp: int, rows_per_micro_batch: int, multiple_of: int = 1) -> Schedule:
@@ -51,24 +113,151 @@ def schedule_by_rows(num_rows: int, dp: int, rows_per_micro_batch: int, multiple
     return [[list(range(s, min(s + rows_per_micro_batch, num_rows))) for s in rank] for rank in starts]
 
 
-def _deal(lengths: Sequence[int], order: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
+def _fill(lengths: Sequence[int], rows: _Rows, dp: int, multiple_of: int) -> np.ndarray:
+    """A table of dp * count micro-batches within the budget: a row number per place, len(lengths) where it is free."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    lower = max(1, -(-sum(lengths) // (dp * rows.budget)))
+    count = first = -(-lower // multiple_of) * multiple_of
+    best_fit: list[list[int]] | None = None
+    while True:
+        table = _table(_deal(lengths, order, dp * count), dp * count, len(lengths))
+        if _repair(table, rows):
+            return table
+        best_fit = best_fit or _best_fit(lengths, order, rows.budget)
+        if len(best_fit) <= dp * count:
+            return _table(best_fit, dp * count, len(lengths))
+        enough = -(-len(best_fit) // (dp * multiple_of)) * multiple_of
+        count = count + multiple_of if count == first else enough
+
+
+def _deal(lengths: Sequence[int], order: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Each row to the bin with the fewest tokens, whatever the budget."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     heap = [(0, i) for i in range(num_bins)]
     for row in order:
         load, i = heap[0]
-        if load + lengths[row] > budget:
-            return None
-        heapq.heapreplace(heap, (load + lengths[row], i))
+        heapreplace(heap, (load + lengths[row], i))
         bins[i].append(row)
     return bins
 
 
-def _over_ranks(lengths: Sequence[int], bins: list[list[int]], dp: int) -> Schedule:
-    """Deal full micro-batches over ranks so that those of one index weigh alike: heaviest first, back and forth."""
-    order = sorted(range(len(bins)), key=lambda i: (-sum(lengths[row] for row in bins[i]), i))
-    ranks: Schedule = [[] for _ in range(dp)]
-    for index, start in enumerate(range(0, len(order), dp)):
-        group = order[start : start + dp]
-        for rank, i in enumerate(group if index % 2 == 0 else reversed(group)):
-            ranks[rank].append(sorted(bins[i]))
-    return ranks
+def _best_fit(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[list[int]]:
+    """Each row to the fullest bin that can take it, else to a new one."""
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), ascending
+    for row in order:
+        at = bisect_left(room, (lengths[row], -1))
+        if at == len(room):
+            left, i = budget, len(bins)
+            bins.append([])
+        else:
+            left, i = room.pop(at)
+        bins[i].append(row)
+        insort(room, (left - lengths[row], i))
+    return bins
+
+
+def _table(bins: list[list[int]], num_bins: int, empty: int) -> np.ndarray:
+    """[num_bins, places]; one place more than the longest bin has, for a row to move into."""
+    table = np.full((num_bins, max(map(len, bins), default=0) + 1), empty)
+    for i, rows in enumerate(bins):
+        table[i, : len(rows)] = rows
+    return table
+
+
+def _repair(table: np.ndarray, rows: _Rows) -> bool:
+    """Swap rows of micro-batches over the budget into others until none is; False when that does not succeed soon."""
+    last = table.size * rows.budget
+    for turn in range(REPAIR_TURNS):
+        loads = rows.tokens[table].sum(1)
+        over = int(np.maximum(loads - rows.budget, 0).sum())
+        if over == 0:
+            return True
+        if turn % STALLED == 0:
+            if 2 * over > last:
+                return False
+            last = over
+        order = np.argsort(loads, kind="stable")
+        num_over = int((loads > rows.budget).sum())
+        within = order[: len(order) - num_over]
+        num = min(num_over, len(within))
+        partners = min(PARTNERS, len(within) // num) if num else 0
+        # The emptiest in even turns, others in odd ones.
+        within = np.roll(within, -turn * num if turn % 2 else 0)[: num * partners]
+        _swap(table, order[::-1][:num], within.reshape(partners, num).T, rows, turn)
+    return False
+
+
+def _level_indices(table: np.ndarray, rows: _Rows, dp: int) -> None:
+    """Sorted by cost, dp neighbours are an index: swap between its dear and its cheap micro-batches."""
+    half = dp // 2
+    for turn in range(LEVEL_TURNS if half else 0):
+        loads = rows.costs[table].sum(1)
+        groups = np.argsort(loads, kind="stable").reshape(-1, dp)
+        cheap = np.roll(groups[:, :half], turn, axis=1).ravel()
+        dear = groups[:, : dp - half - 1 : -1].ravel()
+        uneven = (loads[dear] - loads[cheap]) * SAME_COST > loads[dear]
+        if not uneven.any():
+            return
+        _swap(table, dear[uneven], cheap[uneven, None], rows, turn)
+
+
+def _over_ranks(loads: np.ndarray, dp: int) -> np.ndarray:
+    """[dp, count] micro-batches: neighbours in cost are an index, its dearest goes to the rank with the least so far.
+
+    Uneven indices are handed out first, so that the others make up for them. The cheapest come to both ends.
+    """
+    groups = np.argsort(loads, kind="stable").reshape(-1, dp)
+    totals = np.zeros(dp, dtype=np.int64)
+    for g in np.argsort(loads[groups[:, 0]] - loads[groups[:, -1]], kind="stable"):
+        dealt = np.empty(dp, dtype=np.int64)
+        dealt[np.argsort(-totals, kind="stable")] = groups[g]
+        totals += loads[dealt]
+        groups[g] = dealt
+    return np.concatenate([groups[0::2], groups[1::2][::-1]]).T
+
+
+def _level_ranks(table: np.ndarray, ranks: np.ndarray, rows: _Rows) -> None:
+    """Where an index could not be levelled, let ranks make up for it a little in each of the others."""
+    half, count = len(ranks) // 2, ranks.shape[1]
+    for turn in range(LEVEL_TURNS if half else 0):
+        loads = rows.costs[table].sum(1)
+        totals = loads[ranks].sum(1)
+        if (totals.max() - totals.min()) * SAME_COST <= totals.max():
+            return
+        order = np.argsort(totals, kind="stable")
+        dear, cheap = order[::-1][:half], np.roll(order[:half], turn)
+        share = ((totals[dear] - totals[cheap]) // count).repeat(count)
+        dear, cheap = ranks[dear].ravel(), ranks[cheap].ravel()
+        # Seen by _swap, the dear one is dearer by its rank's share of what the ranks differ by, and by nothing else.
+        extra = share - loads[dear] + loads[cheap]
+        _swap(table, dear, cheap[:, None], rows, turn, extra[:, None, None])
+
+
+def _swap(table: np.ndarray, dear: np.ndarray, cheap: np.ndarray, rows: _Rows, turn: int, extra: Any = 0) -> None:
+    """For each bin dear[k] the one swap with a bin of cheap[k] that is best: least over the budget, then least cost of
+    the dearer of the two, dear[k] counting `extra[k]` more than it costs. A swap with a free place is a move. All bins
+    named are different. Shapes: dear [num], extra [num, 1, 1], cheap [num, partners]."""
+    num, partners = cheap.shape
+    width = table.shape[1]
+    c = min(width, COMB)
+    places = (np.arange(c) * width // c + turn) % width
+
+    def after(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sums of dear[k] now [num], and of both after each swap [num, c, partners * c]."""
+        out, back = values[table[dear[:, None], places]], values[table[cheap[..., None], places]].reshape(num, -1)
+        change = out[:, :, None] - back[:, None, :]
+        now, other = values[table[dear]].sum(1), values[table[cheap]].sum(2).repeat(c, axis=1)
+        return now, now[:, None, None] - change, other[:, None, :] + change
+
+    load, *loads = after(rows.tokens)
+    cost, *costs = (load, *loads) if rows.costs is rows.tokens else after(rows.costs)
+    over = np.maximum(loads[0] - rows.budget, 0) + np.maximum(loads[1] - rows.budget, 0)
+    score = ((over << COST_BITS) + np.maximum(costs[0] + extra, costs[1])).reshape(num, -1)
+    best = score.argmin(1)
+    before = (np.maximum(load - rows.budget, 0) << COST_BITS) + cost + np.ravel(extra)
+    better = score[np.arange(num), best] < before
+    k, best = np.flatnonzero(better), best[better]
+    i, (partner, j) = best // (partners * c), np.divmod(best % (partners * c), c)
+    here, there = (dear[k], places[i]), (cheap[k, partner], places[j])
+    table[here], table[there] = table[there], table[here]

@@ -102,7 +102,10 @@ class Actor:
     clip_ratio_low: float | None = None
     clip_ratio_high: float | None = None
     clip_ratio_c: float = 3.0  # dual clip, arXiv 1912.09729
-    loss_agg_mode: str = "token-mean"
+    policy_loss: str = "ppo_clip"  # ppo_clip | reinforce
+    loss_agg_mode: str = "token-mean"  # token-mean | seq-mean-token-sum | seq-mean-token-mean
+    skip_zero_advantage: bool | None = None  # leave rows without gradient out of all passes; None: where exact
+    share_prompts: bool = False  # compute a prompt once for all its answers in a micro-batch
     entropy_coeff: float = 0.0
     use_kl_loss: bool = False
     kl_loss_coef: float = 0.001
@@ -157,12 +160,25 @@ class KlCtrl:
 
 
 @dataclass
+class RolloutCorrection:
+    """Truncated importance sampling for the mismatch between engine and trainer; see algorithm.importance."""
+
+    rollout_is: str | None = None  # token | sequence
+    rollout_is_threshold: float = 2.0
+    bypass_old_logprobs: bool = False  # PPO's ratio is taken against the engine's log-probabilities
+
+
+@dataclass
 class Algorithm:
-    adv_estimator: str = "remax"
+    adv_estimator: str = "remax"  # remax | rloo | grpo | reinforce | reward_softmax
+    norm_adv_by_std_in_grpo: bool = True
+    reward_softmax_temperature: float = 1.0
     gamma: float = 1.0
     use_kl_in_reward: bool = False
     kl_penalty: str = "kl"
+    kl_reward_mode: str = "to_go"  # to_go (as verl) | one_step (as the author's repository)
     kl_ctrl: KlCtrl = field(default_factory=KlCtrl)
+    rollout_correction: RolloutCorrection = field(default_factory=RolloutCorrection)
 
 
 @dataclass
@@ -200,3 +216,19 @@ class Config:
     algorithm: Algorithm = field(default_factory=Algorithm)
     trainer: Trainer = field(default_factory=Trainer)
     custom_reward_function: CustomRewardFunction = field(default_factory=CustomRewardFunction)
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether a KL term asks for the reference policy."""
+    return config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss
+
+
+def skips_zero_advantage(config: Config) -> bool:
+    """Whether rows whose advantages are all 0 are left out: where that is exact, unless the user said no.
+
+    It is exact when nothing but the advantage makes a gradient: no KL and no entropy term.
+    """
+    actor = config.actor_rollout_ref.actor
+    if actor.skip_zero_advantage is None:
+        return not needs_reference(config) and actor.entropy_coeff == 0
+    return actor.skip_zero_advantage

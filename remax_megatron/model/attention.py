@@ -5,11 +5,15 @@ Query, key and value arrive as [T, heads, head_dim] with `PackedSeqParams` (THD)
     transformer_engine  GPU; Megatron's TEDotProductAttention
     varlen              GPU without Transformer Engine; torch.nn.attention.varlen (torch >= 2.11)
     sdpa                anywhere; scaled-dot-product attention per row, the reference the tests compare with
+
+Shared prompts (`SharedPromptParams`): the answers to one prompt stand behind it, and each sees the prompt and itself.
+Only sdpa computes that.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,19 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from remax_megatron.errors import UserError
+
+SHARES_PROMPTS = ("sdpa",)  # backends that take SharedPromptParams
+
+
+@dataclass
+class SharedPromptParams(PackedSeqParams):
+    """A pack in which every segment is a prompt and, one after the other, the answers to it.
+
+    `segments[i]` is (prompt tokens, [tokens of each answer]); a segment without answers is one causal row. Megatron's
+    own `cu_seqlens` describe one row of all tokens: rotary angles come per token, see `HiddenStatesModel`.
+    """
+
+    segments: list[tuple[int, list[int]]] | None = None
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -64,19 +81,41 @@ class SdpaPerRow(_PackedAttention):
     """Causal attention, one row at a time: work grows with the sum of squared row lengths, not of the whole pack."""
 
     def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
-        lengths = packed.cu_seqlens_q.diff().tolist()
-        outs = []
-        for q, k, v in zip(query_TND.split(lengths), key_TKD.split(lengths), value_TKD.split(lengths), strict=True):
-            out = F.scaled_dot_product_attention(
-                q.transpose(0, 1).unsqueeze(0),
-                k.transpose(0, 1).unsqueeze(0),
-                v.transpose(0, 1).unsqueeze(0),
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            outs.append(out.squeeze(0).transpose(0, 1))
+        if isinstance(packed, SharedPromptParams):
+            assert packed.segments is not None
+            segments = packed.segments
+        else:
+            segments = [(length, []) for length in packed.cu_seqlens_q.diff().tolist()]
+        outs, start = [], 0
+        for prompt, answers in segments:
+            end = start + prompt
+            rows = slice(start, end)
+            outs.append(self._row(query_TND[rows], key_TKD[rows], value_TKD[rows]))
+            prompt_k, prompt_v = key_TKD[rows], value_TKD[rows]
+            for answer in answers:
+                rows = slice(end, end + answer)
+                k, v = torch.cat([prompt_k, key_TKD[rows]]), torch.cat([prompt_v, value_TKD[rows]])
+                outs.append(self._row(query_TND[rows], k, v))
+                end += answer
+            start = end
         return torch.cat(outs)
+
+    def _row(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The last len(q) of len(k) positions attend to all before them and themselves."""
+        seen_before = k.shape[0] - q.shape[0]
+        mask = None
+        if seen_before:
+            mask = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device).tril(seen_before)
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0),
+            k.transpose(0, 1).unsqueeze(0),
+            v.transpose(0, 1).unsqueeze(0),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.squeeze(0).transpose(0, 1)
 
 
 class VarlenAttention(_PackedAttention):

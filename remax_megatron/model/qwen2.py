@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.attention import core_attention
+from remax_megatron.model.attention import SharedPromptParams, core_attention
 from remax_megatron.model.weight_table import padded_vocab_size
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
@@ -41,6 +41,13 @@ class RMSNorm(torch.nn.Module):
 
 class HiddenStatesModel(GPTModel):
     """GPTModel that returns the final-norm hidden states [T, 1, H] (cut over ranks under sequence parallelism)."""
+
+    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
+        """Under shared prompts the rotary angles (index 1 of the result) are those of `position_ids`."""
+        made = list(super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs))
+        if isinstance(packed_seq_params, SharedPromptParams):
+            made[1] = made[1].index_select(0, position_ids[0])
+        return tuple(made)
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
@@ -80,7 +87,7 @@ def transformer_config(
         sequence_parallel=sequence_parallel and layout.tp > 1,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # no experts here, but the default refuses variable lengths
-        calculate_per_token_loss=True,  # the loss arrives divided by its global count: algorithm.losses.LossScale
+        calculate_per_token_loss=True,  # tokens arrive weighed by global counts: algorithm.aggregation
         perform_initialization=False,
         attention_softmax_in_fp32=True,
         gradient_accumulation_fusion=False,

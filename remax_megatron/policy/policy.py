@@ -7,51 +7,53 @@ share of the micro-batches, and results come back on every rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from remax_megatron.algorithm.logprob import head_logprob
-from remax_megatron.algorithm.losses import Clip, LossScale, clipped_policy_loss
-from remax_megatron.batching.packed import PackedBatch, pack
-from remax_megatron.batching.schedule import Schedule, schedule_by_rows, schedule_by_tokens
+from remax_megatron.algorithm.importance import ImportanceStats, importance_weights
+from remax_megatron.algorithm.kl import token_kl
+from remax_megatron.algorithm.losses import Clip, clipped_policy_loss, reinforce_loss
+from remax_megatron.batching.packed import PackedBatch
+from remax_megatron.batching.schedule import Schedule
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Actor
-from remax_megatron.model.attention import choose_backend
-from remax_megatron.model.qwen2 import build_chunks, transformer_config
-from remax_megatron.model.weights import WeightStream, load_weights
+from remax_megatron.config.schema import Actor, RolloutCorrection
+from remax_megatron.model.weights import WeightStream
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.policy.packed_model import PackedModel
 from remax_megatron.types import Row
 
-# Sums over the tokens of an update, in the order they travel in; "max_" entries are maxima instead.
+# Sums over the tokens of an update, in the order they travel in; those of importance weights are over weights.
 _SUMS = (
     "loss",
     "entropy",
     "num_clipped",
     "num_dual_clipped",
     "old_minus_new",
+    "kl",
     "mismatch_abs",
     "mismatch_rollout_minus_policy",
-    "max_mismatch_abs",
+    "importance_count",
+    "importance_total",
+    "importance_total_cut",
+    "importance_total_cut_squared",
+    "importance_num_truncated",
 )
+_MAXIMA = ("mismatch_abs", "importance")
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step. Means are per response token of the update; `mismatch_*` compare the engine's logprobs
-    with the policy's before the step (nats); `fill` is tokens / what the micro-batches could hold, 0 to 1."""
+    """One optimizer step. Means are per response token that was trained on; `mismatch_*` compare the engine's
+    logprobs with the policy's before the step (nats); `kl` is that of the loss, 0 without one; `fill` is tokens / what
+    the micro-batches could hold, 0 to 1. `num_computed_tokens` counts a shared prompt once, `num_tokens` with every
+    answer. `importance` holds the metrics of the importance weights, where there are any."""
 
     loss: float
     grad_norm: float
@@ -60,17 +62,20 @@ class UpdateResult:
     clip_share: float
     dual_clip_share: float
     approx_kl: float
+    kl: float
     mismatch_mean: float
     mismatch_signed_mean: float  # engine minus policy
     mismatch_max: float
     num_tokens: int
+    num_computed_tokens: int
     num_response_tokens: int
     num_microbatches: int
     fill: float
+    importance: dict[str, float] = field(default_factory=dict)
 
 
-class Policy:
-    """A Qwen2 model under Megatron: `chunks` on this rank, an optimizer, and the settings of the update."""
+class Policy(PackedModel):
+    """The model in training: `PackedModel` under Megatron's DDP, an optimizer, and the settings of the update."""
 
     def __init__(
         self,
@@ -81,25 +86,13 @@ class Policy:
         model_folder: str,
         temperature: float,
         recompute: bool,
+        correction: RolloutCorrection | None = None,
         log: Callable[[str], None] = lambda line: None,
     ):
-        self.facts, self.layout, self.actor = facts, layout, actor
-        self.temperature = temperature
-        self.dtype = getattr(torch, actor.megatron.dtype)
-        self.attention_backend = choose_backend(actor.megatron.attention_backend, layout.device, self.dtype)
-        log(f"Attention backend: {self.attention_backend} on {layout.device.type}, {actor.megatron.dtype}")
-        config = transformer_config(
-            facts,
-            layout,
-            dtype=self.dtype,
-            sequence_parallel=actor.megatron.sequence_parallel,
-            recompute=recompute,
+        super().__init__(
+            facts, layout, actor, model_folder=model_folder, temperature=temperature, recompute=recompute, log=log
         )
-        self.sequence_parallel = config.sequence_parallel
-        bare = build_chunks(facts, config, layout, self.attention_backend)
-        load_weights(bare, model_folder, facts, layout)
-        self.bare_chunks = bare
-        wrapped = [Float16Module(config, chunk) for chunk in bare] if self.dtype != torch.float32 else bare
+        self.correction = correction or RolloutCorrection()
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,
@@ -107,21 +100,20 @@ class Policy:
             average_in_collective=False,
         )
         self.chunks = [
-            DistributedDataParallel(config=config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0)
-            for i, chunk in enumerate(wrapped)
+            DistributedDataParallel(config=self.config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0)
+            for i, chunk in enumerate(self.chunks)
         ]
         # The loss is already divided by its global count: gradients are summed over ranks and nothing more.
-        config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
+        self.config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
             model, None, **kwargs
         )
-        config.grad_scale_func = None
-        config.no_sync_func = (
+        self.config.grad_scale_func = None
+        self.config.no_sync_func = (
             [chunk.no_sync for chunk in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
         )
         self.optimizer = self._build_optimizer()
         self.num_updates = 0
         self._released = False
-        self._forward_backward = get_forward_backward_func()
 
     def _build_optimizer(self):
         optim = self.actor.optim
@@ -142,68 +134,23 @@ class Policy:
         with cpu_platform.cuda_type_names():
             return get_megatron_optimizer(config, self.chunks, no_decay_on_vectors, use_gloo_process_groups=False)
 
-    # -- scoring ---------------------------------------------------------------------------------------------------
-
-    def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
-        """log pi(token | before) of every response token of `rows`, in nats; None: at the sampling temperature.
-
-        Collective: all ranks, same rows; the result is on every rank.
-        """
-        schedule = self.schedule(rows)
-        offsets, total = _offsets(rows)
-        flat = torch.zeros(total, dtype=torch.float32, device=self.layout.device)
-
-        def collect(batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
-            if self.layout.speaks_for_replica:
-                start = 0
-                for row in batch.rows:
-                    size = len(rows[row].response_ids)
-                    flat[offsets[row] : offsets[row] + size] = logprob_R[start : start + size]
-                    start += size
-            return logprob_R.sum(), {}
-
-        with torch.no_grad():
-            self._run(rows, schedule, collect, forward_only=True, temperature=temperature)
-        dist.all_reduce(flat)
-        values = flat.tolist()
-        return [values[start : start + len(row.response_ids)] for row, start in zip(rows, offsets, strict=True)]
-
     # -- updating --------------------------------------------------------------------------------------------------
 
     def update(self, rows: Sequence[Row], schedule: Schedule | None = None) -> UpdateResult:
-        """One optimizer step on `rows`: PPO-clip over their advantages, token mean over the whole update.
+        """One optimizer step on `rows`, whose `weight` the caller has set from the whole update (`weigh_rows`).
 
         Collective: all ranks, same rows, same `schedule` (None: `self.schedule(rows)`).
         """
-        scale = LossScale.of(rows)
         schedule = self.schedule(rows) if schedule is None else schedule
-        actor = self.actor
-        clip = Clip(
-            low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
-            high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
-            dual=actor.clip_ratio_c,
-        )
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.layout.device)
+        maxima = torch.zeros(len(_MAXIMA), dtype=torch.float64, device=self.layout.device)
 
         def loss(batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
-            policy = clipped_policy_loss(logprob_R, batch.old_logprob_R, batch.advantage_R, clip)
-            total = policy.loss
-            if actor.entropy_coeff:
-                total = total - actor.entropy_coeff * entropy_R.sum()
+            total, batch_sums, batch_maxima = self._loss(batch, logprob_R, entropy_R)
             if self.layout.speaks_for_replica and logprob_R.numel():
-                mismatch = logprob_R.detach() - batch.rollout_logprob_R
-                values = (
-                    total,
-                    entropy_R.sum(),
-                    policy.num_clipped,
-                    policy.num_dual_clipped,
-                    policy.sum_old_minus_new,
-                    mismatch.abs().sum(),
-                    -mismatch.sum(),
-                )
-                sums[:-1] += torch.stack([value.detach().double() for value in values])
-                sums[-1] = torch.maximum(sums[-1], mismatch.abs().max().double())
-            return scale(total), {}
+                sums.add_(batch_sums)
+                torch.maximum(maxima, batch_maxima, out=maxima)
+            return total, {}
 
         self._restore_training_memory()
         for chunk in self.chunks:
@@ -211,29 +158,84 @@ class Policy:
         self.optimizer.zero_grad()
         learning_rate = self._set_hyperparameters()
         self._run(rows, schedule, loss, forward_only=False)
-        maximum = sums[-1:].clone()
         dist.all_reduce(sums)
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
-        grad_norm = self._step(loss=sums[0].item() / scale.num_tokens)
-        mean = dict(zip(_SUMS, (sums / scale.num_tokens).tolist(), strict=True))
-        num_tokens = sum(row.num_tokens for row in rows)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        total = dict(zip(_SUMS, sums.tolist(), strict=True))
+        maximum = dict(zip(_MAXIMA, maxima.tolist(), strict=True))
+        grad_norm = self._step(loss=total["loss"])
+        num_response_tokens = sum(len(row.response_ids) for row in rows)
+        mean = {name: value / num_response_tokens for name, value in total.items()}
+        num_computed = sum(self.num_computed_tokens(rows, batch) for rank in schedule for batch in rank)
         num_microbatches = len(schedule[0])
+        importance = ImportanceStats(
+            count=int(total["importance_count"]),
+            total=total["importance_total"],
+            total_cut=total["importance_total_cut"],
+            total_cut_squared=total["importance_total_cut_squared"],
+            largest=maximum["importance"],
+            num_truncated=int(total["importance_num_truncated"]),
+        )
         return UpdateResult(
-            loss=mean["loss"],
+            loss=total["loss"],
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             entropy=mean["entropy"],
             clip_share=mean["num_clipped"],
             dual_clip_share=mean["num_dual_clipped"],
             approx_kl=mean["old_minus_new"],
+            kl=mean["kl"],
             mismatch_mean=mean["mismatch_abs"],
             mismatch_signed_mean=mean["mismatch_rollout_minus_policy"],
-            mismatch_max=maximum.item(),
-            num_tokens=num_tokens,
-            num_response_tokens=scale.num_tokens,
+            mismatch_max=maximum["mismatch_abs"],
+            num_tokens=sum(row.num_tokens for row in rows),
+            num_computed_tokens=num_computed,
+            num_response_tokens=num_response_tokens,
             num_microbatches=num_microbatches,
-            fill=num_tokens / (num_microbatches * self.layout.dp * self._microbatch_capacity(rows)),
+            fill=num_computed / (num_microbatches * self.layout.dp * self._microbatch_capacity(rows)),
+            importance=importance.metrics(),
         )
+
+    def _loss(self, batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss of the micro-batch with its gradient, sums in the order of _SUMS, maxima in that of _MAXIMA)."""
+        actor, correction = self.actor, self.correction
+        old_R = batch.old_logprob_R
+        clip = Clip(
+            low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
+            high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
+            dual=actor.clip_ratio_c,
+        )
+        tokens = clipped_policy_loss(logprob_R, old_R, batch.advantage_R, clip)
+        loss_R = tokens.loss_R if actor.policy_loss == "ppo_clip" else reinforce_loss(logprob_R, batch.advantage_R)
+        stats = ImportanceStats()
+        if correction.rollout_is is not None:
+            before_R = logprob_R.detach() if old_R is None else old_R
+            weight_R, stats = importance_weights(
+                before_R,
+                batch.rollout_logprob_R,
+                batch.response_lengths,
+                level=correction.rollout_is,
+                threshold=correction.rollout_is_threshold,
+            )
+            loss_R = loss_R * weight_R
+        if actor.entropy_coeff:
+            loss_R = loss_R - actor.entropy_coeff * entropy_R
+        kl_R = torch.zeros_like(logprob_R)
+        if actor.use_kl_loss and logprob_R.numel():
+            assert batch.ref_logprob_R is not None, "a KL loss needs the reference's log-probabilities"
+            kl_R = token_kl(logprob_R, batch.ref_logprob_R, actor.kl_loss_type)
+            loss_R = loss_R + actor.kl_loss_coef * kl_R
+        total = (loss_R * batch.weight_R).sum()
+        mismatch_R = logprob_R.detach() - batch.rollout_logprob_R
+        sums = [total, entropy_R.sum(), tokens.clipped_R.sum(), tokens.dual_clipped_R.sum()]
+        sums += [tokens.old_minus_new_R.sum(), kl_R.sum(), mismatch_R.abs().sum(), -mismatch_R.sum()]
+        counted = (stats.count, stats.total, stats.total_cut, stats.total_cut_squared, stats.num_truncated)
+        of_weights = torch.tensor(counted, dtype=torch.float64, device=logprob_R.device)
+        of_tokens = torch.stack([value.detach().double() for value in sums])
+        largest = torch.zeros(len(_MAXIMA), dtype=torch.float64, device=logprob_R.device)
+        if logprob_R.numel():
+            largest[0] = mismatch_R.abs().max()
+            largest[1] = stats.largest
+        return total, torch.cat([of_tokens, of_weights]), largest
 
     def _step(self, loss: float) -> float:
         """The optimizer step; returns the gradient norm. FloatingPointError, on every rank alike and with the weights
@@ -301,112 +303,3 @@ class Policy:
     def weight_stream(self, dtype: torch.dtype, bucket_bytes: int) -> WeightStream:
         """The weights as Hugging Face tensors of `dtype`; see `WeightStream`."""
         return WeightStream(self.bare_chunks, self.facts, self.layout, dtype, bucket_bytes)
-
-    # -- the pass over micro-batches ---------------------------------------------------------------------------------
-
-    def schedule(self, rows: Sequence[Row]) -> Schedule:
-        """Micro-batches of `rows` for every data-parallel rank; equal on all ranks."""
-        layout, actor = self.layout, self.actor
-        multiple = layout.pp if layout.vpp > 1 else 1
-        if actor.use_dynamic_bsz:
-            lengths = [row.num_tokens for row in rows]
-            return schedule_by_tokens(lengths, layout.dp, actor.ppo_max_token_len_per_gpu, multiple)
-        assert actor.ppo_micro_batch_size_per_gpu is not None
-        return schedule_by_rows(len(rows), layout.dp, actor.ppo_micro_batch_size_per_gpu, multiple)
-
-    def _run(
-        self,
-        rows: Sequence[Row],
-        schedule: Schedule,
-        loss: Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, dict]],
-        *,
-        forward_only: bool,
-        temperature: float | None = None,
-    ) -> None:
-        """Megatron's forward (and backward) schedule over this rank's micro-batches; all ranks call."""
-        mine = schedule[self.layout.dp_rank]
-        pad_to = self.layout.tp if self.sequence_parallel else 1
-        if self.layout.device.type == "cpu" and self.dtype == torch.bfloat16:
-            # Each new matrix shape costs 50 to 70 ms of kernel generation in bfloat16 on CPU: keep them few.
-            pad_to = math.lcm(64, pad_to)
-
-        def batches() -> Iterator[PackedBatch]:
-            limit = self.actor.ppo_max_token_len_per_gpu if self.actor.use_dynamic_bsz else None
-            for indices in mine:
-                yield pack(rows, indices, pad_to=pad_to, pad_limit=limit, device=self.layout.device)
-
-        iterators = [batches() for _ in self.chunks]
-        for chunk in self.chunks:
-            chunk.train(not forward_only)
-        with torch.no_grad() if forward_only else nullcontext():
-            self._forward_backward(
-                forward_step_func=partial(
-                    self._forward_step,
-                    loss=loss,
-                    temperature=self.temperature if temperature is None else temperature,
-                ),
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-                num_microbatches=len(mine),
-                seq_length=1,  # lengths vary; Megatron exchanges the real shapes
-                micro_batch_size=1,
-                forward_only=forward_only,
-            )
-
-    def _forward_step(self, batches: Iterator[PackedBatch], chunk, *, loss, temperature: float):
-        batch = next(batches)
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        )
-        keep_dtype = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}  # of Float16Module
-        output = chunk(
-            input_ids=batch.tokens_T.unsqueeze(0),
-            position_ids=batch.positions_T.unsqueeze(0),
-            attention_mask=None,
-            packed_seq_params=packed,
-            **keep_dtype,
-        )
-
-        def loss_func(hidden_T1H: Tensor):
-            logprob_R, entropy_R = self._score(chunk, hidden_T1H, batch, temperature)
-            total, metrics = loss(batch, logprob_R, entropy_R)
-            return total, torch.zeros([], dtype=torch.int), metrics
-
-        return output, loss_func
-
-    def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy at the scored positions, from the last stage's hidden states."""
-        group = self.layout.tp_group
-        if self.sequence_parallel:
-            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(hidden_T1H, group=group)
-        else:
-            hidden_T1H = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_T1H, group=group)
-        hidden_RH = hidden_T1H.squeeze(1).index_select(0, batch.position_R)
-        head = _unwrap(chunk).head_weight()
-        return head_logprob(
-            hidden_RH,
-            head,
-            batch.target_R,
-            vocab_size=self.facts.vocab_size,
-            temperature=temperature,
-            chunk_size=self.actor.megatron.logprob_chunk_size,
-            group=group,
-        )
-
-
-def _offsets(rows: Sequence[Row]) -> tuple[list[int], int]:
-    offsets, total = [], 0
-    for row in rows:
-        offsets.append(total)
-        total += len(row.response_ids)
-    return offsets, total
-
-
-def _unwrap(module):
-    while hasattr(module, "module"):
-        module = module.module
-    return module

@@ -22,7 +22,7 @@ class Collector:
         self.engine, self.scorer, self.timer = engine, scorer, timer
 
     def rollouts(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
-        """n sampled answers and the greedy one per prompt, scored, in the order of `prompts`, on every rank.
+        """The answers to each prompt, scored, in the order of `prompts`, on every rank.
 
         The engine gives its GPU memory back afterwards; the next weight sync wakes it.
         """
@@ -34,7 +34,7 @@ class Collector:
         with self.timer.phase("reward"):
             if self.engine.leads_replica:
                 for rollout in rollouts:
-                    for completion in (rollout.greedy, *rollout.samples):
+                    for completion in rollout.completions:
                         completion.reward = self._score(rollout.prompt, completion)
             return self._gather(rollouts)
 

@@ -45,14 +45,17 @@ class Engine:
         device: torch.device,
         tied_embeddings: bool,
         stop_token_ids: list[int],
+        greedy: bool = True,
     ):
         """Collective: every rank of the world calls with the same arguments, after torch.distributed is up.
 
-        Lengths are tokens, `dtype` is "float32" or "bfloat16". The weights are random until the first `reload`.
+        Lengths are tokens, `dtype` is "float32" or "bfloat16"; `greedy` False leaves the greedy answers out of
+        rollouts. The weights are random until the first `reload`.
         """
         self.tokenizer, self.config, self.seed = tokenizer, config, seed
         self.max_response_length = max_response_length
         self.device = device
+        self._with_greedy = greedy
         self.replica = dist.get_rank() // config.tensor_model_parallel_size
         self.num_replicas = dist.get_world_size() // config.tensor_model_parallel_size
         self.leads_replica = dist.get_rank() % config.tensor_model_parallel_size == 0
@@ -140,22 +143,22 @@ class Engine:
     # -- answers ---------------------------------------------------------------------------------------------------
 
     def rollout(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
-        """n sampled answers and one greedy answer for each of this replica's `prompts`; rewards not yet set.
+        """n sampled answers and the greedy answer for each of this replica's `prompts`; rewards not yet set.
 
         The seed of a sample derives from (seed, step, prompt, sample). All ranks of the replica call.
         """
-        n = self.config.n
+        n, num_greedy = self.config.n, int(self._with_greedy)
         requests, parameters = [], []
         for prompt in prompts:
-            requests += [prompt.token_ids] * (n + 1)
-            parameters.append(self._greedy())
+            requests += [prompt.token_ids] * (num_greedy + n)
+            parameters += [self._greedy()] * num_greedy
             parameters += [self._sampled(derive_seed(self.seed, step, prompt.index, i)) for i in range(n)]
-        completions = self._generate(requests, parameters)
-        grouped = [completions[i : i + n + 1] for i in range(0, len(completions), n + 1)]
-        return [
-            Rollout(prompt=prompt, samples=group[1:], greedy=group[0])
-            for prompt, group in zip(prompts, grouped, strict=True)
-        ]
+        answers = iter(self._generate(requests, parameters))
+        rollouts = []
+        for prompt in prompts:
+            greedy = next(answers) if self._with_greedy else None
+            rollouts.append(Rollout(prompt, [next(answers) for _ in range(n)], greedy))
+        return rollouts
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Completion]:
         """The greedy answer of each prompt (validation)."""

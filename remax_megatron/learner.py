@@ -1,0 +1,120 @@
+"""From the rows of a rollout batch to optimizer steps: what must be known of the rows first, what can be left out.
+
+    rewards -> advantages (algorithm/estimators) -> a KL in the reward, if any -> mini-batches -> weights of the tokens
+    -> rows without a gradient dropped -> old log-probabilities where a ratio can differ from 1 -> updates
+
+Every rank calls with the same rows and comes to the same decisions, without asking the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from remax_megatron.algorithm.advantages import training_rows
+from remax_megatron.algorithm.aggregation import weigh_rows
+from remax_megatron.algorithm.estimators import get_estimator
+from remax_megatron.algorithm.kl import kl_controller, token_kl, with_kl_in_reward
+from remax_megatron.config.schema import Config, skips_zero_advantage
+from remax_megatron.policy.policy import Policy, UpdateResult
+from remax_megatron.policy.reference import Reference
+from remax_megatron.types import Rollout, Row
+
+
+@dataclass
+class Learned:
+    """The rows of a batch, the optimizer steps that were taken, and the metrics of what was left out or added."""
+
+    rows: list[Row]
+    updates: list[UpdateResult]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Learner:
+    """The policy, the reference where a KL asks for one, and the settings of the algorithm."""
+
+    def __init__(self, config: Config, policy: Policy, reference: Reference | None, say: Callable[[str], None]):
+        self.config, self.policy, self.reference, self.say = config, policy, reference, say
+        algorithm, control = config.algorithm, config.algorithm.kl_ctrl
+        self.estimator = get_estimator(
+            algorithm.adv_estimator,
+            norm_by_std=algorithm.norm_adv_by_std_in_grpo,
+            temperature=algorithm.reward_softmax_temperature,
+        )
+        self.kl = kl_controller(control.type, control.kl_coef, control.target_kl, control.horizon)
+        self.skips = skips_zero_advantage(config)
+
+    def learn(self, rollouts: Sequence[Rollout], label: str) -> Learned:
+        """Take all optimizer steps of one rollout batch. Collective; `label` begins the lines of the log."""
+        actor = self.config.actor_rollout_ref.actor
+        rows = training_rows(rollouts, self.estimator)
+        metrics = self._put_kl_in_reward(rows) if self.config.algorithm.use_kl_in_reward else {}
+        size = (actor.ppo_mini_batch_size or len(rollouts)) * self.config.actor_rollout_ref.rollout.n
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        for part in parts:
+            weigh_rows(part, actor.loss_agg_mode)
+        if self.skips:
+            parts = [[row for row in part if any(row.advantages)] for part in parts]
+        trained = [row for part in parts for row in part]
+        self._score(trained, num_updates=len(parts) * actor.ppo_epochs)
+        updates = [self._update(part, label) for part in parts * actor.ppo_epochs if part]
+        if len(updates) < len(parts) * actor.ppo_epochs:
+            left = len(parts) * actor.ppo_epochs - len(updates)
+            self.say(f"{label}: {left} update(s) left out: every advantage in them is 0")
+        return Learned(rows, updates, metrics | _left_out(rows, trained, updates))
+
+    def _put_kl_in_reward(self, rows: list[Row]) -> dict[str, float]:
+        """Change the advantages by the KL of every token, then adapt its coefficient; returns the metrics."""
+        assert self.reference is not None
+        algorithm = self.config.algorithm
+        policy, reference = self.policy.logprobs(rows), self.reference.logprobs(rows)
+        means = []
+        for row, mine, other in zip(rows, policy, reference, strict=True):
+            kl = token_kl(torch.tensor(mine), torch.tensor(other), algorithm.kl_penalty).tolist()
+            outcome = row.advantages[0] if row.advantages else 0.0
+            row.advantages = with_kl_in_reward(outcome, kl, self.kl.coef, algorithm.kl_reward_mode)
+            row.old_logprobs, row.ref_logprobs = mine, other
+            if kl:
+                means.append(sum(kl) / len(kl))
+        mean = sum(means) / max(len(means), 1)
+        metrics = {"kl/reward_mean": mean, "kl/coef": self.kl.coef}
+        self.kl.update(mean, len(rows))
+        return metrics
+
+    def _score(self, rows: list[Row], num_updates: int) -> None:
+        """Give `rows` the log-probabilities their update needs; with one update every ratio is 1 and none are."""
+        actor = self.config.actor_rollout_ref.actor
+        if self.config.algorithm.rollout_correction.bypass_old_logprobs:
+            for row in rows:
+                row.old_logprobs = row.rollout_logprobs
+        elif num_updates == 1:
+            for row in rows:
+                row.old_logprobs = None
+        elif any(row.old_logprobs is None for row in rows):
+            for row, logprobs in zip(rows, self.policy.logprobs(rows), strict=True):
+                row.old_logprobs = logprobs
+        if actor.use_kl_loss and any(row.ref_logprobs is None for row in rows):
+            assert self.reference is not None
+            for row, logprobs in zip(rows, self.reference.logprobs(rows), strict=True):
+                row.ref_logprobs = logprobs
+
+    def _update(self, rows: list[Row], label: str) -> UpdateResult:
+        schedule = self.policy.schedule(rows)
+        if self.config.actor_rollout_ref.actor.use_dynamic_bsz:
+            for rank in schedule:
+                for batch in rank:
+                    num_tokens = self.policy.num_computed_tokens(rows, batch)
+                    self.say(f"{label}: Dynamic Batch: {len(batch)} samples ({num_tokens} tokens)")
+        return self.policy.update(rows, schedule)
+
+
+def _left_out(rows: Sequence[Row], trained: Sequence[Row], updates: Sequence[UpdateResult]) -> dict[str, float]:
+    """Shares, 0 to 1, of the batch's tokens that were never trained, and of the trained ones that sharing saved."""
+    total, kept = sum(row.num_tokens for row in rows), sum(row.num_tokens for row in trained)
+    packed, computed = (sum(getattr(u, name) for u in updates) for name in ("num_tokens", "num_computed_tokens"))
+    return {
+        "batch/left_out_token_share": 1 - kept / total,
+        "batch/shared_token_share": 1 - computed / packed if packed else 0.0,
+    }

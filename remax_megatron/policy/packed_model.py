@@ -1,0 +1,237 @@
+"""A Qwen2 model under Megatron that runs packed micro-batches: what policy and reference have in common.
+
+Everything collective is called by every rank of the run with the same rows; each data-parallel rank works on its
+share of the micro-batches, and results come back on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+
+from remax_megatron.algorithm.logprob import head_logprob
+from remax_megatron.batching.packed import PackedBatch, num_shared_tokens, pack, prompt_groups
+from remax_megatron.batching.schedule import Schedule, row_cost, schedule_by_rows, schedule_by_tokens
+from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.config.schema import Actor
+from remax_megatron.model.attention import SHARES_PROMPTS, SharedPromptParams, choose_backend
+from remax_megatron.model.qwen2 import build_chunks, transformer_config
+from remax_megatron.model.weights import load_weights
+from remax_megatron.parallel.layout import Layout
+from remax_megatron.types import Row
+
+# (batch, log-probabilities [R], entropies [R]) -> (the loss of the micro-batch, metrics for Megatron)
+LossFunction = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, dict]]
+
+
+class PackedModel:
+    """`chunks` on this rank with the weights of `model_folder`, and the settings that micro-batches are made by."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        layout: Layout,
+        actor: Actor,
+        *,
+        model_folder: str,
+        temperature: float,
+        recompute: bool,
+        log: Callable[[str], None] = lambda line: None,
+    ):
+        self.facts, self.layout, self.actor = facts, layout, actor
+        self.temperature = temperature
+        self._row_cost = row_cost(facts)
+        self.dtype = getattr(torch, actor.megatron.dtype)
+        backend = choose_backend(actor.megatron.attention_backend, layout.device, self.dtype)
+        self.shares_prompts = actor.share_prompts and backend in SHARES_PROMPTS
+        log(f"Attention backend: {backend} on {layout.device.type}, {actor.megatron.dtype}")
+        if actor.share_prompts and not self.shares_prompts:
+            log(f"note: actor.share_prompts has no effect with {backend}; {', '.join(SHARES_PROMPTS)} can do it")
+        self.config = transformer_config(
+            facts,
+            layout,
+            dtype=self.dtype,
+            sequence_parallel=actor.megatron.sequence_parallel,
+            recompute=recompute,
+        )
+        self.sequence_parallel = self.config.sequence_parallel
+        self.bare_chunks = build_chunks(facts, self.config, layout, backend)
+        load_weights(self.bare_chunks, model_folder, facts, layout)
+        wraps = self.dtype != torch.float32
+        self.chunks = [Float16Module(self.config, chunk) if wraps else chunk for chunk in self.bare_chunks]
+        self._forward_backward = get_forward_backward_func()
+
+    # -- scoring ---------------------------------------------------------------------------------------------------
+
+    def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
+        """log pi(token | before) of every response token of `rows`, in nats; None: at the sampling temperature.
+
+        Collective: all ranks, same rows; the result is on every rank.
+        """
+        if not rows:
+            return []
+        offsets, total = _offsets(rows)
+        flat = torch.zeros(total, dtype=torch.float32, device=self.layout.device)
+
+        def collect(batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
+            if self.layout.speaks_for_replica:
+                start = 0
+                for row in batch.rows:
+                    size = len(rows[row].response_ids)
+                    flat[offsets[row] : offsets[row] + size] = logprob_R[start : start + size]
+                    start += size
+            return logprob_R.sum(), {}
+
+        self._run(rows, self.schedule(rows), collect, forward_only=True, temperature=temperature)
+        dist.all_reduce(flat)
+        values = flat.tolist()
+        return [values[start : start + len(row.response_ids)] for row, start in zip(rows, offsets, strict=True)]
+
+    # -- the pass over micro-batches ---------------------------------------------------------------------------------
+
+    def schedule(self, rows: Sequence[Row]) -> Schedule:
+        """Micro-batches of `rows` for every data-parallel rank; equal on all ranks."""
+        layout, actor = self.layout, self.actor
+        multiple = layout.pp if layout.vpp > 1 else 1
+        if not actor.use_dynamic_bsz:
+            assert actor.ppo_micro_batch_size_per_gpu is not None
+            return schedule_by_rows(len(rows), layout.dp, actor.ppo_micro_batch_size_per_gpu, multiple)
+        budget = actor.ppo_max_token_len_per_gpu
+        groups = _groups_within(rows, budget) if self.shares_prompts else [[i] for i in range(len(rows))]
+        lengths = [num_shared_tokens(rows, group) for group in groups]
+        schedule = schedule_by_tokens(lengths, layout.dp, budget, multiple, self._row_cost)
+        return [[[row for group in batch for row in groups[group]] for batch in rank] for rank in schedule]
+
+    def num_computed_tokens(self, rows: Sequence[Row], batch: Sequence[int]) -> int:
+        """Tokens of a micro-batch as it is packed: shared prompts count once."""
+        groups = prompt_groups(rows, batch) if self.shares_prompts else [[i] for i in batch]
+        return sum(num_shared_tokens(rows, group) for group in groups)
+
+    def _run(
+        self,
+        rows: Sequence[Row],
+        schedule: Schedule,
+        loss: LossFunction,
+        *,
+        forward_only: bool,
+        temperature: float | None = None,
+    ) -> None:
+        """Megatron's forward (and backward) schedule over this rank's micro-batches; all ranks call."""
+        mine = schedule[self.layout.dp_rank]
+        pad_to = self.layout.tp if self.sequence_parallel else 1
+        if self.layout.device.type == "cpu" and self.dtype == torch.bfloat16:
+            # Each new matrix shape costs 50 to 70 ms of kernel generation in bfloat16 on CPU: keep them few.
+            pad_to = math.lcm(64, pad_to)
+
+        def batches() -> Iterator[PackedBatch]:
+            limit = self.actor.ppo_max_token_len_per_gpu if self.actor.use_dynamic_bsz else None
+            for indices in mine:
+                yield pack(
+                    rows,
+                    indices,
+                    pad_to=pad_to,
+                    pad_limit=limit,
+                    share_prompts=self.shares_prompts,
+                    device=self.layout.device,
+                )
+
+        iterators = [batches() for _ in self.chunks]
+        for chunk in self.chunks:
+            chunk.train(not forward_only)
+        with torch.no_grad() if forward_only else nullcontext():
+            self._forward_backward(
+                forward_step_func=partial(
+                    self._forward_step,
+                    loss=loss,
+                    temperature=self.temperature if temperature is None else temperature,
+                ),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(mine),
+                seq_length=1,  # lengths vary; Megatron exchanges the real shapes
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+    def _forward_step(self, batches: Iterator[PackedBatch], chunk, *, loss: LossFunction, temperature: float):
+        batch = next(batches)
+        keep_dtype = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}  # of Float16Module
+        output = chunk(
+            input_ids=batch.tokens_T.unsqueeze(0),
+            position_ids=batch.positions_T.unsqueeze(0),
+            attention_mask=None,
+            packed_seq_params=_packed_params(batch),
+            **keep_dtype,
+        )
+
+        def loss_func(hidden_T1H: Tensor):
+            logprob_R, entropy_R = self._score(chunk, hidden_T1H, batch, temperature)
+            total, metrics = loss(batch, logprob_R, entropy_R)
+            return total, torch.zeros([], dtype=torch.int), metrics
+
+        return output, loss_func
+
+    def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy at the scored positions, from the last stage's hidden states."""
+        group = self.layout.tp_group
+        if self.sequence_parallel:
+            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(hidden_T1H, group=group)
+        else:
+            hidden_T1H = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_T1H, group=group)
+        hidden_RH = hidden_T1H.squeeze(1).index_select(0, batch.position_R)
+        return head_logprob(
+            hidden_RH,
+            _unwrap(chunk).head_weight(),
+            batch.target_R,
+            vocab_size=self.facts.vocab_size,
+            temperature=temperature,
+            chunk_size=self.actor.megatron.logprob_chunk_size,
+            group=group,
+        )
+
+
+def _packed_params(batch: PackedBatch) -> PackedSeqParams:
+    """What Megatron and the attention have to know of the pack."""
+    shape = {"qkv_format": "thd", "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
+    if batch.segments is None:
+        return PackedSeqParams(cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens, **shape)
+    whole = batch.cu_seqlens[[0, -1]]  # one row, whose rotary angles come per token
+    return SharedPromptParams(cu_seqlens_q=whole, cu_seqlens_kv=whole, segments=batch.segments, **shape)
+
+
+def _groups_within(rows: Sequence[Row], budget: int) -> list[list[int]]:
+    """Rows that share a prompt, in as many groups as it takes for each to fit `budget` with its copy of the prompt."""
+    groups: list[list[int]] = []
+    for together in prompt_groups(rows, range(len(rows))):
+        group: list[int] = []
+        for row in together:
+            if group and num_shared_tokens(rows, [*group, row]) > budget:
+                groups.append(group)
+                group = []
+            group.append(row)
+        groups.append(group)
+    return groups
+
+
+def _offsets(rows: Sequence[Row]) -> tuple[list[int], int]:
+    offsets, total = [], 0
+    for row in rows:
+        offsets.append(total)
+        total += len(row.response_ids)
+    return offsets, total
+
+
+def _unwrap(module):
+    while hasattr(module, "module"):
+        module = module.module
+    return module
