@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,9 +19,11 @@ from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.algorithm.kl import kl_controller, token_kl, with_kl_in_reward
 from remax_megatron.config.schema import Config, skips_zero_advantage
-from remax_megatron.policy.policy import Policy, UpdateResult
-from remax_megatron.policy.reference import Reference
 from remax_megatron.types import Rollout, Row
+
+if TYPE_CHECKING:
+    from remax_megatron.policy.policy import Policy, UpdateResult
+    from remax_megatron.policy.reference import Reference
 
 
 @dataclass

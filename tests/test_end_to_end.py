@@ -75,6 +75,8 @@ def overrides(policy: str, run_dir: Path, tp: int, pp: int, vllm_tp: int) -> lis
         "trainer.total_training_steps=2",
         f"trainer.default_local_dir={run_dir}",
         f"trainer.rollout_data_dir={run_dir}/rollouts",
+        f"trainer.validation_data_dir={run_dir}/validation",
+        "actor_rollout_ref.rollout.val_kwargs={n:2,do_sample:True}",
     ]
 
 
@@ -103,7 +105,7 @@ def test_a_megatron_checkpoint_trains_like_the_folder_it_came_from(torchrun, fir
     assert len(measured(first_run)[1]) > 25
 
 
-def check_metrics(run_dir: Path) -> None:
+def check_metrics(run_dir: Path, plain_advantages: bool = True) -> None:
     before, *steps = read_metrics(run_dir / "metrics.jsonl")
     assert before["step"] == 0 and "val/accuracy" in before
     assert [record["step"] for record in steps] == [1, 2]
@@ -116,7 +118,9 @@ def check_metrics(run_dir: Path) -> None:
         assert 0 < record["batch/fill"] <= 1
         shares = [record[f"baseline/{name}_share"] for name in ("win", "tie", "lose")]
         assert sum(shares) == pytest.approx(1.0)
-        assert record["advantage/mean"] == pytest.approx(record["reward/mean"] - record["baseline/mean"])
+        if plain_advantages:
+            gain = record["reward/mean"] - record["baseline/mean"]
+            assert record["advantage/mean"] == pytest.approx(gain)
 
 
 @pytest.mark.parametrize(("ranks", "tp", "pp", "vllm_tp"), [case for case in LAYOUTS if case != (2, 1, 1, 1)])
@@ -135,6 +139,28 @@ def test_mini_batches_and_epochs_are_optimizer_steps_on_kept_logprobs(torchrun, 
     for record in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]:
         assert record["actor/num_updates"] == 4  # 8 prompts / 4, twice
         assert record["actor/approx_kl"] != 0.0  # three of the four ratios are not 1
+
+
+def test_kl_terms_shared_prompts_and_importance_weights_in_one_run(torchrun, demo_policy, tmp_path):
+    extra = [
+        "algorithm.use_kl_in_reward=True",
+        "algorithm.kl_ctrl.type=adaptive",
+        "algorithm.rollout_correction.rollout_is=sequence",
+        "actor_rollout_ref.actor.use_kl_loss=True",
+        "actor_rollout_ref.actor.share_prompts=True",
+        "actor_rollout_ref.actor.entropy_coeff=0.001",
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+    ]
+    finished = torchrun(2, [*overrides(demo_policy, tmp_path / "run", 1, 2, 1), *extra])
+    assert finished.code == 0, finished.output
+    check_metrics(tmp_path / "run", plain_advantages=False)
+    first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]
+    # The reference is the policy before its first step: their KL is that of rounding, and then it is not.
+    assert abs(first["kl/reward_mean"]) < 1e-5 and abs(first["actor/kl"]) < 1e-5
+    assert abs(second["kl/reward_mean"]) > 1e-4 and second["actor/kl"] > 1e-5
+    assert second["kl/coef"] < first["kl/coef"] == 0.001  # below its target
+    assert first["importance/mean"] == pytest.approx(1.0, abs=1e-4)
+    assert first["batch/shared_token_share"] > 0.05 and first["batch/left_out_token_share"] == 0.0
 
 
 def test_bfloat16_trains_with_a_tied_model_over_two_stages(torchrun, demo_policy, tmp_path):
@@ -158,6 +184,17 @@ def test_bfloat16_trains_with_a_tied_model_over_two_stages(torchrun, demo_policy
 def test_run_leaves_metrics_config_curves_and_a_model(first_run):
     check_metrics(first_run)
     assert (first_run / "curves.png").stat().st_size > 10_000
+    metrics = read_metrics(first_run / "metrics.jsonl")
+    for record in (metrics[0], metrics[2]):
+        lines = (first_run / "validation" / f"{record['step']}.jsonl").read_text().splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert len(answers) == 32 and {answer["step"] for answer in answers} == {record["step"]}
+        right = [answer["reward"] for answer in answers]
+        assert record["val/accuracy"] == record["val/word_problems/mean@2"] == sum(right) / 32
+        either = [max(pair) for pair in zip(right[::2], right[1::2], strict=True)]
+        assert record["val/word_problems/pass@2"] == sum(either) / 16
+        assert any(a["answer"] != b["answer"] for a, b in zip(answers[::2], answers[1::2], strict=True))
+        assert all(a["prompt"] == b["prompt"] != "" for a, b in zip(answers[::2], answers[1::2], strict=True))
     saved = load_config(str(first_run / "config.yaml").removesuffix(".yaml").rsplit("/", 1)[1], [], first_run).config
     assert saved.data.train_batch_size == 8
 
