@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from remax_megatron.algorithm.estimators import estimator_variances
-from remax_megatron.types import Rollout, Row
+from remax_megatron.types import Completion, Rollout, Row
 
 if TYPE_CHECKING:
     from remax_megatron.policy.policy import UpdateResult
@@ -42,7 +42,23 @@ def rollout_metrics(rollouts: Sequence[Rollout], rows: Sequence[Row]) -> dict[st
         [[sample.reward for sample in rollout.samples] for rollout in rollouts], greedy or None
     )
     metrics |= {f"variance/{name}": variance for name, variance in variances.items()}
+    metrics |= _scoring([answer for rollout in rollouts for answer in rollout.completions])
     return metrics | (_against_greedy(rollouts) if greedy else {})
+
+
+def _scoring(answers: Sequence[Completion]) -> dict[str, float]:
+    """Rewards that could not be had, the scorers' other numbers, and where GSM8K's strict and tolerant rule differ."""
+    metrics = {
+        f"reward/{outcome}_share": sum(answer.reward_outcome == outcome for answer in answers) / len(answers)
+        for outcome in ("error", "timeout", "crash")
+    }
+    for name in dict.fromkeys(name for answer in answers for name in answer.scores):
+        values = [answer.scores[name] for answer in answers if name in answer.scores]
+        metrics[f"reward/{name}"] = sum(values) / len(values)
+    tolerant = [(answer.reward, answer.scores["flexible"]) for answer in answers if "flexible" in answer.scores]
+    if tolerant:
+        metrics["reward/strict_flexible_disagreement"] = sum(a != b for a, b in tolerant) / len(tolerant)
+    return metrics
 
 
 def _against_greedy(rollouts: Sequence[Rollout]) -> dict[str, float]:

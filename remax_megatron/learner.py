@@ -72,13 +72,18 @@ class Learner:
         """Change the advantages by the KL of every token, then adapt its coefficient; returns the metrics."""
         assert self.reference is not None
         algorithm = self.config.algorithm
-        policy, reference = self.policy.logprobs(rows), self.reference.logprobs(rows)
+        if algorithm.kl_penalty == "full":
+            kls = self.policy.full_kl(rows, self.reference)
+        else:
+            kls = []
+            policy, reference = self.policy.logprobs(rows), self.reference.logprobs(rows)
+            for row, mine, other in zip(rows, policy, reference, strict=True):
+                kls.append(token_kl(torch.tensor(mine), torch.tensor(other), algorithm.kl_penalty).tolist())
+                row.old_logprobs, row.ref_logprobs = mine, other
         means = []
-        for row, mine, other in zip(rows, policy, reference, strict=True):
-            kl = token_kl(torch.tensor(mine), torch.tensor(other), algorithm.kl_penalty).tolist()
+        for row, kl in zip(rows, kls, strict=True):
             outcome = row.advantages[0] if row.advantages else 0.0
             row.advantages = with_kl_in_reward(outcome, kl, self.kl.coef, algorithm.kl_reward_mode)
-            row.old_logprobs, row.ref_logprobs = mine, other
             if kl:
                 means.append(sum(kl) / len(kl))
         mean = sum(means) / max(len(means), 1)
@@ -98,7 +103,7 @@ class Learner:
         elif any(row.old_logprobs is None for row in rows):
             for row, logprobs in zip(rows, self.policy.logprobs(rows), strict=True):
                 row.old_logprobs = logprobs
-        if actor.use_kl_loss and any(row.ref_logprobs is None for row in rows):
+        if actor.use_kl_loss and actor.kl_loss_type != "full" and any(row.ref_logprobs is None for row in rows):
             assert self.reference is not None
             for row, logprobs in zip(rows, self.reference.logprobs(rows), strict=True):
                 row.ref_logprobs = logprobs
@@ -110,7 +115,7 @@ class Learner:
                 for batch in rank:
                     num_tokens = self.policy.num_computed_tokens(rows, batch)
                     self.say(f"{label}: Dynamic Batch: {len(batch)} samples ({num_tokens} tokens)")
-        return self.policy.update(rows, schedule)
+        return self.policy.update(rows, schedule, self.reference)
 
 
 def _left_out(rows: Sequence[Row], trained: Sequence[Row], updates: Sequence[UpdateResult]) -> dict[str, float]:

@@ -57,7 +57,7 @@ def plot_curves(metrics_jsonl: str | os.PathLike[str], png: str | os.PathLike[st
         right.annotate(
             label, (steps[i], values[i]), place, textcoords="offset points", ha=align, fontsize=11, color=INK
         )
-    _dress(right, "Validation accuracy", "greedy answers that are right")
+    _dress(right, "Validation accuracy", "answers that are right")
     if len(values) and min(values) >= 0 and max(values) <= 1:  # a reward of another range keeps its own axis
         right.set_ylim(-0.02, 1.08)
     right.margins(x=0.1)

@@ -33,7 +33,9 @@ from remax_megatron.model.megatron_folder import open_weights
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
-from remax_megatron.rewards.scoring import Scorer, check_data_sources, load_scorer
+from remax_megatron.rewards.pool import RewardPool
+from remax_megatron.rewards.sandbox import available_protections
+from remax_megatron.rewards.scoring import check_data_sources, load_scorer
 
 if TYPE_CHECKING:
     from remax_megatron.trainer import Trainer
@@ -41,14 +43,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Inputs:
-    """What a run reads: a local model folder (Hugging Face or Megatron), tokenised prompts, and the scorer."""
+    """What a run reads: a local model folder (Hugging Face or Megatron), and tokenised prompts."""
 
     model_folder: str
     tokenizer: object
     stop_token_ids: list[int]
     train_prompts: PromptDataset
     val_prompts: PromptDataset | None
-    scorer: Scorer
 
 
 def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
@@ -118,9 +119,13 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
         val = PromptDataset(val.prompts[: data.val_max_samples], val.num_rows, val.num_filtered, val.num_truncated)
     reward = config.custom_reward_function
     if reward.path is None:
-        check_data_sources({p.data_source for p in train} | {p.data_source for p in val or ()})
-    scorer = load_scorer(reward.path, reward.name)
-    return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val, scorer)
+        sources = {p.data_source for p in train} | {p.data_source for p in val or ()}
+        check_data_sources(sources)
+        if "code" in sources:
+            available_protections().check()
+    else:
+        load_scorer(reward.path, reward.name)  # its errors, before anything is started
+    return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val)
 
 
 def end_token_ids(model_folder: str, tokenizer) -> list[int]:
@@ -265,7 +270,13 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         threshold=rollout.canary_threshold,
     )
     timer = PhaseTimer()
-    collector = Collector(engine, inputs.scorer, timer)
+    pool = None
+    if engine.leads_replica:
+        custom, reward = config.custom_reward_function, config.reward
+        pool = RewardPool(
+            reward.num_workers, reward.timeout_s, path=custom.path, name=custom.name, memory_gib=reward.memory_gib
+        )
+    collector = Collector(engine, pool, config.reward.max_failure_share, timer)
     learner = Learner(config, policy, reference, say)
     return Trainer(config, learner, bridge, collector, inputs.train_prompts, inputs.val_prompts, timer, writer)
 
@@ -283,7 +294,7 @@ def _export(trainer: Trainer, model_folder: str) -> None:
         else:
             for _ in stream:
                 pass
-    trainer.collector.engine.close()
+    trainer.collector.close()
     if writer is not None:
         from remax_megatron.plots import plot_curves
 

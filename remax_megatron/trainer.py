@@ -41,7 +41,7 @@ class Trainer:
     def train(self) -> None:
         """Run all steps; collective over the world."""
         sync = self.bridge.sync()
-        self._log(0, {"epoch": 0, **sync_metrics(sync), **self._validate(due=self.config.trainer.val_before_train)})
+        self._log(0, {"epoch": 0, **sync_metrics(sync), **self._validate(0, due=self.config.trainer.val_before_train)})
         for step, epoch, prompts in self._steps():
             with self.timer.phase("step"):
                 rollouts = self.collector.rollouts(prompts, step=step)
@@ -53,7 +53,7 @@ class Trainer:
             metrics = {"epoch": epoch, **rollout_metrics(rollouts, learned.rows), **update_metrics(learned.updates)}
             metrics |= learned.metrics | sync_metrics(sync) | times
             metrics |= throughput_metrics(rollouts, learned.updates, times)
-            metrics |= self._validate(due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
+            metrics |= self._validate(step, due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
             self._dump(step, rollouts)
             self._log(step, metrics)
 
@@ -89,11 +89,14 @@ class Trainer:
 
     # -- records ---------------------------------------------------------------------------------------------------
 
-    def _validate(self, due: bool) -> dict[str, float]:
+    def _validate(self, step: int, due: bool) -> dict[str, float]:
         if not due or self.val_prompts is None:
             return {}
         prompts: Sequence[Prompt] = self.val_prompts
-        return validate(self.collector, prompts, batch_size=self.config.data.val_batch_size) | self.timer.pop()
+        dump_dir = self.config.trainer.validation_data_dir if self.writer is not None else None
+        batch_size = self.config.data.val_batch_size
+        metrics = validate(self.collector, prompts, step=step, batch_size=batch_size, dump_dir=dump_dir)
+        return metrics | self.timer.pop()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.writer is not None:

@@ -44,6 +44,9 @@ class Completion:
     weight_version: int
     text: str = ""
     reward: float = 0.0
+    reward_outcome: str = "ok"  # or why there is no score: error, timeout, crash (then the reward is 0)
+    reward_message: str = ""
+    scores: dict[str, float] = field(default_factory=dict)  # the scorer's other numbers
 
 
 @dataclass

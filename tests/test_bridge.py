@@ -25,7 +25,7 @@ class Tokenizer:
 
 def build(folder: str, device, *, tp=1, pp=1, vllm_tp=1, temperature=0.8, bucket_bytes=2**20):
     from remax_megatron.config.model_facts import ModelFacts
-    from remax_megatron.config.schema import Actor, RolloutConfig
+    from remax_megatron.config.schema import Actor, RolloutConfig, ValKwargs
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.rollout.bridge import Bridge
@@ -40,6 +40,7 @@ def build(folder: str, device, *, tp=1, pp=1, vllm_tp=1, temperature=0.8, bucket
     actor.optim.lr = 1e-2
     policy = Policy(facts, layout, actor, model_folder=folder, temperature=temperature, recompute=False)
     rollout = RolloutConfig(n=2, temperature=temperature, tensor_model_parallel_size=vllm_tp, kv_cache_gib=0.1)
+    rollout.val_kwargs = ValKwargs(n=3, do_sample=True, temperature=1.5)
     engine = Engine(
         folder,
         Tokenizer(),
@@ -133,7 +134,8 @@ def test_canary_passes_good_syncs_and_catches_each_fault(tied):
 
 
 def reshard_worker(payload):
-    """Two syncs and rollouts under one layout: canaries, the weights as streamed, and the tokens answered."""
+    """Two syncs, rollouts and validations under one layout: canaries, weights as streamed, and tokens answered."""
+    from remax_megatron.config.schema import ValKwargs
     from remax_megatron.parallel.layout import init_distributed
 
     folder, layout = payload
@@ -141,11 +143,19 @@ def reshard_worker(payload):
     reports = [bridge.sync()]
     streamed = {name: tensor.clone() for name, tensor in policy.weight_stream(torch.float32, 3000)}
     rollouts = engine.rollout(prompts, step=5)
+    few = prompts[:4]
+    validations = [tokens_of(engine.validation(some)) for some in (few, few[::-1])]
+    engine.config.val_kwargs = ValKwargs()
+    validations.append(tokens_of(engine.validation(few)))
     train(policy, engine, bridge, prompts, 0)
     reports.append(bridge.sync())
-    tokens = [[r.greedy.token_ids, *[s.token_ids for s in r.samples]] for r in rollouts]
+    tokens = tokens_of([r.completions for r in rollouts])
     versions = {s.weight_version for r in rollouts for s in (r.greedy, *r.samples)}
-    return [(r.canary_max, r.num_bytes, r.weight_version) for r in reports], streamed, tokens, versions
+    return [(r.canary_max, r.num_bytes, r.weight_version) for r in reports], streamed, tokens, validations, versions
+
+
+def tokens_of(answers):
+    return [[answer.token_ids for answer in group] for group in answers]
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2, "vllm_tp": 1}, {"pp": 2, "vllm_tp": 2, "bucket_bytes": 3000}])
@@ -156,7 +166,7 @@ def test_resharding_is_exact_and_rollouts_do_not_depend_on_the_layout(model, lay
     folder = request.getfixturevalue(model)
     results = run_ranks("tests.test_bridge:reshard_worker", 2, (folder, layout))
     saved = load_file(f"{folder}/model.safetensors")
-    for reports, streamed, tokens, versions in results:
+    for reports, streamed, tokens, (sampled, backwards, greedy), versions in results:
         assert all(largest <= 1e-4 for largest, _, _ in reports)
         assert [version for _, _, version in reports] == [0, 1]
         assert reports[0][1] == sum(t.numel() * 4 for t in saved.values())
@@ -164,3 +174,6 @@ def test_resharding_is_exact_and_rollouts_do_not_depend_on_the_layout(model, lay
         assert all(torch.equal(streamed[name], saved[name]) for name in saved)
         assert versions == {0}
         assert tokens == results[0][2]  # same seeds, same prompts: the same answers on every rank
+        assert sampled == backwards[::-1] == results[0][3][0]  # the place in the batch does not matter either
+        assert all(len({*map(tuple, group)}) == 3 for group in sampled)
+        assert greedy == [group[:1] for group in tokens[:4]]

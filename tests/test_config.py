@@ -169,11 +169,12 @@ def test_every_key_of_the_guide_is_known():
         MEGATRON: "tensor_model_parallel_size,pipeline_model_parallel_size,virtual_pipeline_model_parallel_size,"
         "context_parallel_size,sequence_parallel,use_distributed_optimizer,param_offload,grad_offload,optimizer_offload",
         "actor_rollout_ref.ref": "fsdp_config.param_offload",
-        ROLLOUT: "name,tensor_model_parallel_size,gpu_memory_utilization,n,temperature,top_p,top_k",
+        ROLLOUT: "name,tensor_model_parallel_size,gpu_memory_utilization,n,temperature,top_p,top_k,val_kwargs.n,"
+        "val_kwargs.do_sample,val_kwargs.temperature",
         "algorithm": "adv_estimator,use_kl_in_reward,kl_penalty,kl_ctrl.kl_coef,kl_ctrl.type,kl_ctrl.horizon,"
         "kl_ctrl.target_kl",
         "trainer": "critic_warmup,logger,project_name,experiment_name,n_gpus_per_node,nnodes,save_freq,test_freq,"
-        "total_epochs,val_before_train,default_local_dir,resume_mode",
+        "total_epochs,val_before_train,default_local_dir,resume_mode,validation_data_dir",
         "custom_reward_function": "path,name",
     }
     keys = {f"{group}.{name}" for group, listed in names.items() for name in listed.split(",")}
@@ -315,7 +316,7 @@ def test_yaml_round_trip(tmp_path, name):
         ),
         (
             "actor_rollout_ref.ref.fsdp_config.param_offload=True",
-            "no reference policy",
+            "no KL term asks for a reference policy",
             "actor_rollout_ref.ref.megatron.param_offload",
             True,
         ),
@@ -329,6 +330,8 @@ def test_yaml_round_trip(tmp_path, name):
         (f"{MEGATRON}.grad_offload=True", "no effect: the run is on the CPU", f"{MEGATRON}.grad_offload", True),
         ("trainer.critic_warmup=5", "ReMax has no critic", "trainer.critic_warmup", 5),
         (f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", "packs by tokens", f"{ACTOR}.ppo_micro_batch_size_per_gpu", 4),
+        (f"{ROLLOUT}.val_kwargs.temperature=0.6", "is greedy", f"{ROLLOUT}.val_kwargs.temperature", 0.6),
+        (f"{ROLLOUT}.val_kwargs.temperature=0", None, f"{ROLLOUT}.val_kwargs.temperature", 0.0),
         ("trainer.logger=console", None, "trainer.logger", ["console"]),
     ],
 )
@@ -378,6 +381,15 @@ BROKEN = {
     "temperature": ([f"{ROLLOUT}.temperature=0"], ["temperature=0", "greater than 0"]),
     "top_p": ([f"{ROLLOUT}.top_p=0.9"], ["top_p=0.9", "renormalised", "top_p=1.0"]),
     "top_k": ([f"{ROLLOUT}.top_k=50"], ["top_k=50", "renormalised", "top_k=-1"]),
+    "greedy validation": (
+        [f"{ROLLOUT}.val_kwargs.n=4"],
+        ["val_kwargs.n=4 with do_sample=False", "val_kwargs.do_sample=True, or n=1"],
+    ),
+    "validation answers": ([f"{ROLLOUT}.val_kwargs.n=0"], ["val_kwargs.n=0", "greater than 0"]),
+    "validation temperature": (
+        [f"{ROLLOUT}.val_kwargs.do_sample=True", f"{ROLLOUT}.val_kwargs.temperature=0"],
+        ["val_kwargs.temperature=0", "do_sample=True", "greater than 0", "do_sample=False"],
+    ),
     "gamma": (["algorithm.gamma=0.99"], ["gamma=0.99", "algorithm.gamma=1.0"]),
     "one answer": (["algorithm.adv_estimator=rloo", f"{ROLLOUT}.n=1"], ["rollout.n=1", "rloo", "at least 2"]),
     "skip kl": (
@@ -404,6 +416,7 @@ BROKEN = {
         ["algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.kl_coef=0"],
         ["kl_coef=0 stays 0", "above 0"],
     ),
+    "failure share": (["reward.max_failure_share=1.5"], ["max_failure_share=1.5", "between 0 and 1"]),
     "share by rows": (
         [f"{ACTOR}.share_prompts=True", f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"],
         ["share_prompts=True", "use_dynamic_bsz=True"],

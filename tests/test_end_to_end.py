@@ -73,6 +73,7 @@ def overrides(policy: str, run_dir: Path, tp: int, pp: int, vllm_tp: int) -> lis
         "data.train_batch_size=8",
         "data.val_max_samples=16",
         "trainer.total_training_steps=2",
+        "actor_rollout_ref.actor.skip_zero_advantage=False",  # this policy is hardly ever right
         f"trainer.default_local_dir={run_dir}",
         f"trainer.rollout_data_dir={run_dir}/rollouts",
         f"trainer.validation_data_dir={run_dir}/validation",
@@ -143,6 +144,7 @@ def test_mini_batches_and_epochs_are_optimizer_steps_on_kept_logprobs(torchrun, 
 
 def test_kl_terms_shared_prompts_and_importance_weights_in_one_run(torchrun, demo_policy, tmp_path):
     extra = [
+        "actor_rollout_ref.actor.skip_zero_advantage=null",
         "algorithm.use_kl_in_reward=True",
         "algorithm.kl_ctrl.type=adaptive",
         "algorithm.rollout_correction.rollout_is=sequence",

@@ -32,7 +32,7 @@ class Recorder:
     def num_computed_tokens(self, rows: list[Row], batch: list[int]) -> int:
         return sum(rows[i].num_tokens for i in batch)
 
-    def update(self, rows: list[Row], schedule) -> SimpleNamespace:
+    def update(self, rows: list[Row], schedule, reference) -> SimpleNamespace:
         self.updates.append([(row.response_ids[0], row.weight, row.old_logprobs) for row in rows])
         tokens = sum(row.num_tokens for row in rows)
         return SimpleNamespace(num_tokens=tokens, num_computed_tokens=tokens)

@@ -1,4 +1,5 @@
-"""head_logprob against the plain formula: values in float64, gradients by autograd, and a head cut over two ranks."""
+"""head_logprob and head_full_kl against the plain formulas: values in float64, gradients by autograd, and a head cut
+over two ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remax_megatron.algorithm.logprob import head_logprob
+from remax_megatron.algorithm import logprob
+from remax_megatron.algorithm.kl import full_kl
+from remax_megatron.algorithm.logprob import head_full_kl, head_logprob
 from tests.ranks import run_ranks
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -171,6 +174,45 @@ def test_bfloat16_inputs_give_float32_values_and_bfloat16_gradients() -> None:
         assert_relative(mine.float(), expected, 3e-2)
 
 
+def test_bfloat16_gradients_do_not_suffer_from_large_logits() -> None:
+    """Logits up to 22, which bfloat16 cuts to +-0.06: values as float32 has them, gradients as bfloat16 has them."""
+    hidden_RH, weight_VH, _, *coefficients = inputs(64, 256, 3000, 3000)
+    low = (hidden_RH.bfloat16(), (0.28 * weight_VH).bfloat16())
+    p_RV = torch.softmax(low[0].float() @ low[1].float().T, dim=-1)
+    target_R = torch.multinomial(p_RV, 1, generator=torch.Generator().manual_seed(0)).squeeze(1)
+
+    def ours(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return head_logprob(h, w, target_R, vocab_size=3000, temperature=0.9, chunk_size=32)
+
+    exact = plain(low[0].double(), low[1].double(), target_R, 3000, 0.9)
+    for actual, expected in zip(ours(*low), exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
+    reference = gradients(
+        lambda h, w: plain(h, w, target_R, 3000, 0.9),
+        low[0].double(),
+        low[1].double(),
+        *(c.double() for c in coefficients),
+    )
+    for mine, expected in zip(gradients(ours, *low, *coefficients), reference, strict=True):
+        error = (mine.double() - expected).norm() / expected.norm()
+        assert error < 5e-3, error  # bfloat16's unit roundoff is 2^-8 = 3.9e-3; logits cut to bfloat16 give 1.5e-2
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # as it was
+
+
+def test_many_tiles_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1024 x 128 x 4 bytes: tiles of 128 columns, of which 1000 tokens fill 7 and the last in part.
+    hidden_RH, weight_VH, target_R, *coefficients = inputs(37, 16, 1024, 1000)
+
+    def ours(h: Tensor, w: Tensor, size: int = 5) -> tuple[Tensor, Tensor]:
+        return head_logprob(h, w, target_R, vocab_size=1000, chunk_size=size)
+
+    whole = [*ours(hidden_RH, weight_VH, 64), *gradients(ours, hidden_RH, weight_VH, *coefficients)]
+    monkeypatch.setattr(logprob, "_TILE_BYTES_CPU", 1024 * 128 * 4)
+    parts = [*ours(hidden_RH, weight_VH), *gradients(ours, hidden_RH, weight_VH, *coefficients)]
+    for mine, expected in zip(parts, whole, strict=True):
+        assert_relative(mine, expected)
+
+
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
 @pytest.mark.parametrize("what", ["logprob", "entropy"])
 def test_gradient_when_one_input_is_frozen(frozen: str, what: str) -> None:
@@ -185,8 +227,64 @@ def test_gradient_when_one_input_is_frozen(frozen: str, what: str) -> None:
     assert_relative(*found)
 
 
+def plain_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, vocab: int, temp: float) -> Tensor:
+    return full_kl(
+        torch.log_softmax(hidden @ weight[:vocab].T / temp, dim=-1),
+        torch.log_softmax(ref_hidden @ ref_weight[:vocab].T / temp, dim=-1),
+    )
+
+
+def test_full_kl_by_hand() -> None:
+    # p = 1/8, 2/8, 5/8 against the uniform q: sum p ln p - ln(1/3); at temperature 1/2 p = 1/30, 4/30, 25/30.
+    weight_VH = torch.tensor([[0.0], [math.log(2)], [math.log(5)]])
+    for temperature, p in ((1.0, (1 / 8, 2 / 8, 5 / 8)), (0.5, (1 / 30, 4 / 30, 25 / 30))):
+        found = head_full_kl(
+            torch.ones(1, 1), weight_VH, torch.zeros(1, 2), torch.ones(3, 2), vocab_size=3, temperature=temperature
+        )
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(sum(x * math.log(x) for x in p) + math.log(3), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+@pytest.mark.parametrize("tile_bytes", [1024 * 128 * 4, 8 << 20])
+def test_full_kl_and_its_gradients(temperature: float, tile_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprob, "_TILE_BYTES_CPU", tile_bytes)
+    hidden_RH, weight_VH, _, coefficient_R, _ = inputs(37, 16, 512, 500, scale=0.5)
+    ref_hidden_RH, ref_weight_VH, *_ = inputs(37, 24, 512, 500, seed=1, scale=0.5)
+    weight_VH[500:] = ref_weight_VH[500:] = 1e4  # padding, which would take all the probability
+    leaves = [x.clone().requires_grad_() for x in (hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH)]
+    kl_R = head_full_kl(*leaves, vocab_size=500, temperature=temperature, chunk_size=10)
+    (coefficient_R * kl_R).sum().backward()
+    double = [x.double().requires_grad_() for x in (hidden_RH, weight_VH)]
+    log_p_RV, log_q_RV = (
+        torch.log_softmax(h @ w[:500].T / temperature, dim=-1)
+        for h, w in (double, (ref_hidden_RH.double(), ref_weight_VH.double()))
+    )
+    expected_R = (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(dim=-1)
+    torch.testing.assert_close(kl_R.double(), expected_R, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        kl_R, plain_kl(hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH, 500, temperature), rtol=1e-5, atol=1e-5
+    )
+    (coefficient_R.double() * expected_R).sum().backward()
+    for mine, reference in zip(leaves[:2], double, strict=True):
+        assert_relative(mine.grad.double(), reference.grad)
+    assert not leaves[1].grad[500:].any() and leaves[2].grad is None and leaves[3].grad is None
+
+
+def test_full_kl_of_the_reference_itself_is_zero() -> None:
+    hidden_RH, weight_VH, *_ = inputs(5, 16, 40, 33)
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight = (x.to(dtype).clone().requires_grad_() for x in (hidden_RH, weight_VH))
+        kl_R = head_full_kl(hidden, weight, hidden.detach(), weight.detach(), vocab_size=33, chunk_size=2)
+        assert kl_R.tolist() == [0.0] * 5
+        kl_R.sum().backward()
+        assert not hidden.grad.any() and not weight.grad.any() and hidden.grad.dtype == dtype
+    assert head_full_kl(hidden[:0], weight, hidden[:0], weight, vocab_size=33).shape == (0,)
+
+
 def worker(payload: tuple[Inputs, int, float, int]) -> list[Tensor]:
-    """One rank: its rows of the head; its logprobs, entropies, part of the hidden gradient, weight gradient."""
+    """One rank: its rows of the head; its logprobs, entropies, part of the hidden gradient, weight gradient; then the
+    KL to a reference with half the hidden states and the head upside down, and its gradients."""
     import torch.distributed as dist
 
     (hidden_RH, weight_VH, target_R, *coefficients), vocab, temperature, chunk_size = payload
@@ -199,6 +297,18 @@ def worker(payload: tuple[Inputs, int, float, int]) -> list[Tensor]:
         )
 
     results = [*ours(hidden_RH, mine), *gradients(ours, hidden_RH, mine, *coefficients)]
+    ref_mine = weight_VH.flip(1).chunk(dist.get_world_size())[dist.get_rank()].contiguous()
+    leaves = [hidden_RH.clone().requires_grad_(), mine.clone().requires_grad_()]
+    kl_R = head_full_kl(
+        *leaves,
+        hidden_RH / 2,
+        ref_mine,
+        vocab_size=vocab,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        group=dist.group.WORLD,
+    )
+    results += [kl_R.detach(), *torch.autograd.grad((coefficients[0] * kl_R).sum(), leaves)]
     dist.barrier()
     return results
 
@@ -235,3 +345,10 @@ def test_vocabulary_cut_over_two_ranks() -> None:
         torch.testing.assert_close(first[2] + second[2], grad_hidden, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(torch.cat([first[3], second[3]]), grad_weight, rtol=1e-5, atol=1e-5)
         assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])  # bitwise, as ranks must agree
+        leaves = [hidden_RH.clone().requires_grad_(), weight_VH.clone().requires_grad_()]
+        kl_R = plain_kl(*leaves, hidden_RH / 2, weight_VH.flip(1), vocab, 1.3)
+        grad_hidden, grad_weight = torch.autograd.grad((coefficients[0] * kl_R).sum(), leaves)
+        torch.testing.assert_close(first[4], kl_R.detach(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(first[4], second[4])
+        torch.testing.assert_close(first[5] + second[5], grad_hidden, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat([first[6], second[6]]), grad_weight, rtol=1e-5, atol=1e-5)

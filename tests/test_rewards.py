@@ -34,7 +34,7 @@ from remax_megatron.rewards.scoring import RewardError, check_data_sources, load
 def test_strict_scorer(solution: str, ground_truth: str, score: float) -> None:
     assert strict_score(solution, ground_truth) == score
     for data_source in ("openai/gsm8k", "word_problems"):
-        assert load_scorer(None)(data_source, solution, ground_truth, {}) == score
+        assert load_scorer(None)(data_source, solution, ground_truth, {})[0] == score
 
 
 def test_extract_answer() -> None:
@@ -42,7 +42,7 @@ def test_extract_answer() -> None:
 
 
 def test_unknown_data_source() -> None:
-    message = r"no scorer for data_source 'lighteval/MATH'; known: openai/gsm8k, word_problems; "
+    message = r"no scorer for data_source 'lighteval/MATH'; known: openai/gsm8k, .*, code; "
     message += r"set custom_reward_function\.path"
     with pytest.raises(RewardError, match=message):
         load_scorer(None)("lighteval/MATH", "#### 1", "1", {})
@@ -54,7 +54,8 @@ def test_unknown_data_source() -> None:
 def custom(tmp_path: Path, code: str, name: str = "compute_score"):
     path = tmp_path / "reward.py"
     path.write_text(code)
-    return load_scorer(str(path), name)
+    scorer = load_scorer(str(path), name)
+    return lambda *sample: scorer(*sample)[0]
 
 
 SIGNATURE = "def compute_score(data_source, solution_str, ground_truth, extra_info=None): "

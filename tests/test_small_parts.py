@@ -69,6 +69,9 @@ def test_rollout_metrics_by_hand() -> None:
         "baseline/win_share": 0.25,
         "baseline/tie_share": 0.5,
         "baseline/lose_share": 0.25,
+        "reward/error_share": 0.0,
+        "reward/timeout_share": 0.0,
+        "reward/crash_share": 0.0,
         # remax 1 0 -1 0; each of the others from 1 0 | 0 1: rloo 1 -1 -1 1, grpo half of it, reinforce the reward.
         "variance/remax": 0.5,
         "variance/rloo": 1.0,

@@ -1,82 +1,40 @@
-"""Log-probabilities and entropies of scored positions from hidden states, over a vocabulary cut between ranks.
+"""Log-probabilities, entropies and exact KL at scored positions from hidden states, the vocabulary cut between ranks.
 
-The logits of a chunk of positions exist, in float32, only while that chunk is worked on, forward and again backward:
-memory beyond inputs and gradients is chunk_size x V/TP, whatever the number of tokens.
+The logits exist tile by tile, some rows of hidden states times some rows of the head, forward and again backward, in
+scratch memory that all tiles share: `head_logprob` needs about 6 tiles whatever the number of tokens, and while it
+goes back the gradient of the hidden states in float32 (4 H bytes per token; the logits it replaces have 4 V / TP).
+
+Order of the tiles: the rows of the head outside, positions inside. Each row of the head then gets its whole gradient
+in one go, summed in float32 and kept in the head's dtype, so that no float32 [V/TP, H] is ever held; and the ranks meet
+twice per call (largest logit; sums), not twice per tile, because sums follow a largest logit that grows (arXiv
+1805.02867) by a factor exp(old - new).
+
+Values are float32 from float32 logits. A GPU multiplies bfloat16 with a float32 result. A CPU has no such product in
+PyTorch (2.13: `aten::mm.dtype` is missing there, and one with a bfloat16 result cuts a logit of 20 to +-0.06), hence:
+
+  forward   the operands of the tile are copied to float32; bfloat16 numbers are exact there, so oneDNN is allowed to
+            multiply them as such (AMX does, the sum stays float32) and is also faster than MKL where it does not.
+  backward  bfloat16 operands, with log z appended to the inner dimension in three bfloat16 parts against ones: the sum
+            that is rounded is then log p itself, not a logit. p errs by p |log p| 2^-9, at most 0.4 x 2^-9: no more
+            than the rounding to bfloat16 that the gradient of the logits goes through anyway.
+
+Nothing of a backward pass can be done ahead in the forward one: the gradient of the head mixes positions by factors
+that the loss gives later. So there are 4 products where full logits, kept, need 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
-class _HeadLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_RH: Tensor,
-        weight_VH: Tensor,
-        target_R: Tensor,
-        vocab_size: int,
-        temperature: float,
-        chunk_size: int,
-        group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
-        num = hidden_RH.shape[0]
-        logprob_R = torch.empty(num, dtype=torch.float32, device=hidden_RH.device)
-        entropy_R = torch.empty_like(logprob_R)
-        log_z_R = torch.empty_like(logprob_R)
-        first = _first_row(weight_VH, group)
-        head = _float32_operand(weight_VH)
-        for part in _chunks(num, chunk_size):
-            logits = _logits(hidden_RH[part], head, first, vocab_size, temperature)
-            peak = logits.amax(dim=-1)
-            _all_reduce(peak, dist.ReduceOp.MAX, group)
-            logits -= peak.unsqueeze(1)
-            exp = logits.exp()
-            mine, index = _own_targets(target_R[part], first, weight_VH.shape[0])
-            target = torch.where(mine, logits.gather(1, index.unsqueeze(1)).squeeze(1), 0.0)
-            # Padding columns hold -inf: they weigh nothing, and 0 * -inf must not become NaN.
-            weighted = (exp * logits.masked_fill_(logits == -torch.inf, 0.0)).sum(dim=-1)
-            sums = torch.stack([exp.sum(dim=-1), weighted, target])
-            _all_reduce(sums, dist.ReduceOp.SUM, group)
-            z, weighted, target = sums
-            log_z_R[part] = peak + z.log()
-            logprob_R[part] = target - z.log()
-            entropy_R[part] = z.log() - weighted / z
-        ctx.save_for_backward(hidden_RH, weight_VH, target_R, log_z_R, entropy_R)
-        ctx.set_materialize_grads(False)
-        ctx.settings = (vocab_size, temperature, chunk_size, group)
-        return logprob_R, entropy_R
-
-    @staticmethod
-    def backward(ctx: Any, grad_logprob_R: Tensor | None, grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_RH, weight_VH, target_R, log_z_R, entropy_R = ctx.saved_tensors
-        vocab_size, temperature, chunk_size, group = ctx.settings
-        first = _first_row(weight_VH, group)
-        head = _float32_operand(weight_VH)
-        grad_hidden_RH = torch.empty_like(hidden_RH)
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        for part in _chunks(hidden_RH.shape[0], chunk_size):
-            logits = _logits(hidden_RH[part], head, first, vocab_size, temperature)
-            log_p = logits - log_z_R[part].unsqueeze(1)
-            p = log_p.exp()
-            # d logprob / d logit_j = 1[j = target] - p_j;   d entropy / d logit_j = -p_j (log p_j + entropy)
-            mine, index = _own_targets(target_R[part], first, weight_VH.shape[0])
-            grad = torch.zeros_like(p)
-            if grad_logprob_R is not None:
-                grad -= p * grad_logprob_R[part].unsqueeze(1)
-                grad.scatter_add_(1, index.unsqueeze(1), (mine * grad_logprob_R[part]).unsqueeze(1))
-            if grad_entropy_R is not None:
-                log_p = log_p.masked_fill_(log_p == -torch.inf, 0.0)
-                grad -= p * (log_p + entropy_R[part].unsqueeze(1)) * grad_entropy_R[part].unsqueeze(1)
-            grad = (grad / temperature).to(weight_VH.dtype)
-            grad_hidden_RH[part] = grad @ weight_VH
-            grad_weight_VH += grad.T @ hidden_RH[part]
-        return grad_hidden_RH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None
+# A tile of float32 logits. On a CPU it and its exponentials stay in the cache; a GPU wants large products.
+_TILE_BYTES_CPU, _TILE_BYTES_GPU = 8 << 20, 64 << 20
+_LOWEST = torch.finfo(torch.float32).min  # before the first logit; not -inf, because it is multiplied by 0
 
 
 def head_logprob(
@@ -94,40 +52,303 @@ def head_logprob(
     weight_VH holds this rank's rows of the head; rank r of `group` holds rows [r V, (r + 1) V). Rows at or beyond
     `vocab_size` are padding and get no probability. All ranks of `group` call with equal hidden_RH and target_R.
     The gradient of hidden_RH is this rank's part only: sum it over `group` (Megatron's copy-to-region does).
+    A tile has `chunk_size` positions at most.
     """
     return _HeadLogProb.apply(hidden_RH, weight_VH, target_R, vocab_size, temperature, chunk_size, group)
 
 
-def _float32_operand(weight_VH: Tensor) -> Tensor:
-    """The head as `_logits` takes it: a GPU sums bfloat16 products in float32, a CPU needs float32 operands."""
-    return weight_VH if weight_VH.is_cuda else weight_VH.float()
+def head_full_kl(
+    hidden_RH: Tensor,
+    weight_VH: Tensor,
+    ref_hidden_RH: Tensor,
+    ref_weight_VH: Tensor,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """KL(pi || ref) over the whole vocabulary at each position, [R] float32, in nats, both at `temperature`.
+
+    The arguments are those of `head_logprob`; the reference's hidden size may differ, the rows of its head may not.
+    Differentiable in hidden_RH (this rank's part) and weight_VH: d KL / d logit_j = p_j (log p_j - log q_j - KL) /
+    temperature. The reference gets no gradient.
+    """
+    assert ref_weight_VH.shape[0] == weight_VH.shape[0], (ref_weight_VH.shape, weight_VH.shape)
+    return _HeadFullKl.apply(
+        hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH, vocab_size, temperature, chunk_size, group
+    )
 
 
-def _logits(hidden_RH: Tensor, weight_VH: Tensor, first: int, vocab_size: int, temperature: float) -> Tensor:
-    if weight_VH.dtype == torch.float32:
-        logits = hidden_RH.float() @ weight_VH.T
-    else:
-        logits = torch.mm(hidden_RH, weight_VH.T, out_dtype=torch.float32)
-    if temperature != 1.0:
-        logits.div_(temperature)
-    if first + weight_VH.shape[0] > vocab_size:
-        logits[:, max(vocab_size - first, 0) :] = -torch.inf
-    return logits
+class _HeadLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        target_R: Tensor,
+        vocab_size: int,
+        temperature: float,
+        chunk_size: int,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        first = _first_row(weight_VH, group)
+        tiles = _Tiles(hidden_RH, weight_VH, vocab_size - first, temperature, chunk_size)
+        peak_R = hidden_RH.new_full(target_R.shape, _LOWEST, dtype=torch.float32)
+        # Sums of exp(l - peak) and exp(l - peak) (l - peak), and the target's logit.
+        z_R, weighted_R, picked_R = peak_R.new_zeros(3, *peak_R.shape)
+        for columns, rows in tiles:
+            logits = tiles.logits(columns, rows)
+            mine, index = _own_targets(target_R[rows], first, columns)
+            picked_R[rows] += torch.where(mine, logits.gather(1, index).squeeze(1), 0.0)
+            peak = torch.maximum(peak_R[rows], logits.amax(dim=-1))
+            fall = _raise_peak(peak_R[rows], peak, z_R[rows], weighted_R[rows])
+            weighted_R[rows] += fall * z_R[rows]
+            exp = torch.exp(logits.sub_(peak.unsqueeze(1)), out=tiles.second(logits))
+            z_R[rows] += exp.sum(dim=-1)
+            weighted_R[rows] += logits.mul_(exp).sum(dim=-1)
+        peak = peak_R.clone()
+        _all_reduce(peak, dist.ReduceOp.MAX, group)
+        fall = _raise_peak(peak_R, peak, z_R, weighted_R)
+        sums = torch.stack([z_R, weighted_R + fall * z_R, picked_R])
+        _all_reduce(sums, dist.ReduceOp.SUM, group)
+        z_R, weighted_R, picked_R = sums
+        entropy_R = z_R.log() - weighted_R / z_R
+        ctx.save_for_backward(hidden_RH, weight_VH, target_R, peak + z_R.log(), entropy_R)
+        ctx.set_materialize_grads(False)
+        ctx.settings = (vocab_size, temperature, chunk_size, group)
+        return (picked_R - peak) - z_R.log(), entropy_R
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprob_R: Tensor | None, grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden_RH, weight_VH, target_R, log_z_R, entropy_R = ctx.saved_tensors
+        vocab_size, temperature, chunk_size, group = ctx.settings
+        first = _first_row(weight_VH, group)
+        tiles = _Tiles(hidden_RH, weight_VH, vocab_size - first, temperature, chunk_size)
+        gradients = _Gradients(tiles, ctx.needs_input_grad)
+        # d logprob / d logit_j = 1[j = target] - p_j;   d entropy / d logit_j = -p_j (log p_j + entropy)
+        hit_R = torch.zeros_like(log_z_R) if grad_logprob_R is None else grad_logprob_R / temperature
+        slope_R = None if grad_entropy_R is None else -grad_entropy_R / temperature
+        offset_R = -hit_R if slope_R is None else slope_R * entropy_R - hit_R
+        for columns, rows in tiles:
+            log_p = tiles.log_p(columns, rows, log_z_R[rows])
+            grad = torch.exp(log_p, out=tiles.second(log_p))
+            if slope_R is None:
+                grad *= offset_R[rows].unsqueeze(1)
+            else:
+                grad *= log_p.mul_(slope_R[rows].unsqueeze(1)).add_(offset_R[rows].unsqueeze(1))
+            mine, index = _own_targets(target_R[rows], first, columns)
+            grad.scatter_add_(1, index, (mine * hit_R[rows]).unsqueeze(1))
+            gradients.add(grad, columns, rows)
+        return *gradients.done(), None, None, None, None, None
 
 
-def _own_targets(target: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
-    mine = (target >= first) & (target < first + rows)
-    return mine, torch.where(mine, target - first, 0)
+class _HeadFullKl(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_RH: Tensor,
+        weight_VH: Tensor,
+        ref_hidden_RH: Tensor,
+        ref_weight_VH: Tensor,
+        vocab_size: int,
+        temperature: float,
+        chunk_size: int,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        real = vocab_size - _first_row(weight_VH, group)
+        tiles = _Tiles(hidden_RH, weight_VH, real, temperature, chunk_size)
+        ref_tiles = _Tiles(ref_hidden_RH, ref_weight_VH, real, temperature, chunk_size)
+        peak_2R = hidden_RH.new_full((2, hidden_RH.shape[0]), _LOWEST, dtype=torch.float32)
+        # Sums of exp(l - peak) of policy and reference, and of exp(l - peak) (l - l_ref).
+        z_2R, weighted_R = torch.zeros_like(peak_2R), torch.zeros_like(peak_2R[0])
+        for columns, rows in tiles:
+            logits, ref_logits = tiles.logits(columns, rows), ref_tiles.logits(columns, rows)
+            peak = torch.maximum(peak_2R[:, rows], torch.stack([logits.amax(dim=-1), ref_logits.amax(dim=-1)]))
+            fall = _raise_peak(peak_2R[:, rows], peak, z_2R[:, rows])
+            ref_exp = torch.sub(ref_logits, peak[1].unsqueeze(1), out=tiles.second(logits)).exp_()
+            z_2R[1, rows] += ref_exp.sum(dim=-1)
+            difference = ref_logits.neg_().add_(logits)
+            exp = logits.sub_(peak[0].unsqueeze(1)).exp_()
+            z_2R[0, rows] += exp.sum(dim=-1)
+            weighted_R[rows] *= fall[0].exp()
+            weighted_R[rows] += difference.mul_(exp).sum(dim=-1)
+        peak = peak_2R.clone()
+        _all_reduce(peak, dist.ReduceOp.MAX, group)
+        fall = _raise_peak(peak_2R, peak, z_2R)
+        sums = torch.stack([*z_2R, weighted_R * fall[0].exp()])
+        _all_reduce(sums, dist.ReduceOp.SUM, group)
+        z_R, ref_z_R, weighted_R = sums
+        # In this order a policy that is the reference has a KL of exactly 0.
+        kl_R = weighted_R / z_R + (peak[1] - peak[0]) + (ref_z_R.log() - z_R.log())
+        log_z_2R = peak + torch.stack([z_R, ref_z_R]).log()
+        ctx.save_for_backward(hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH, log_z_2R, kl_R)
+        ctx.settings = (vocab_size, temperature, chunk_size, group)
+        return kl_R
+
+    @staticmethod
+    def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH, log_z_2R, kl_R = ctx.saved_tensors
+        vocab_size, temperature, chunk_size, group = ctx.settings
+        real = vocab_size - _first_row(weight_VH, group)
+        tiles = _Tiles(hidden_RH, weight_VH, real, temperature, chunk_size)
+        ref_tiles = _Tiles(ref_hidden_RH, ref_weight_VH, real, temperature, chunk_size)
+        gradients = _Gradients(tiles, ctx.needs_input_grad)
+        shift_R = log_z_2R[1] - log_z_2R[0] - kl_R
+        for columns, rows in tiles:
+            logits, ref_logits = tiles.logits(columns, rows), ref_tiles.logits(columns, rows)
+            factor = ref_logits.neg_().add_(logits).add_(shift_R[rows].unsqueeze(1))
+            grad = torch.sub(logits, log_z_2R[0, rows].unsqueeze(1), out=tiles.second(logits)).exp_()
+            grad.mul_(factor).mul_((grad_R[rows] / temperature).unsqueeze(1))
+            gradients.add(grad, columns, rows)
+        return *gradients.done(), None, None, None, None, None, None
+
+
+class _Tiles:
+    """The tiles of hidden_RH @ weight_VH.T / temperature, without the rows of the head from `real` on.
+
+    Iterates over (columns, rows), slices of V and R: all rows of the first columns, then of the next. A tile that a
+    method returns lies in memory that the next call of that method takes again.
+    """
+
+    def __init__(self, hidden_RH: Tensor, weight_VH: Tensor, real: int, temperature: float, chunk_size: int) -> None:
+        self.hidden_RH, self.weight_VH, self.temperature = hidden_RH, weight_VH, temperature
+        on_cpu = weight_VH.device.type == "cpu"
+        self.real = min(max(real, 0), weight_VH.shape[0])
+        height = max(1, min(chunk_size, hidden_RH.shape[0]))
+        self.width = (_TILE_BYTES_CPU if on_cpu else _TILE_BYTES_GPU) // (4 * max(height, 1024))
+        self.width = min(max(self.width, 128), max(self.real, 1))  # products of fewer than 128 columns are slow
+        self.rows = _slices(hidden_RH.shape[0], height)
+        self.columns = _slices(self.real, self.width)
+        self.bfloat16_on_cpu = on_cpu and weight_VH.dtype == hidden_RH.dtype == torch.bfloat16
+        self.float32 = weight_VH.dtype == torch.float32 or on_cpu  # the type of the operands of `logits`
+        self.memory = weight_VH.new_empty(1 + self.float32, height * self.width, dtype=torch.float32)
+        self.operand: tuple[str, slice, Tensor] | None = None
+
+    def __iter__(self) -> Iterator[tuple[slice, slice]]:
+        for columns in self.columns:
+            for rows in self.rows:
+                yield columns, rows
+
+    def logits(self, columns: slice, rows: slice) -> Tensor:
+        """float32, from float32 sums of exact products."""
+        if not self.float32:
+            logits = torch.mm(self.hidden_RH[rows], self.weight_VH[columns].T, out_dtype=torch.float32)
+        else:
+            head = self._head("float32", columns)
+            logits = self._tile(0, rows, columns)
+            with _bfloat16_products() if self.bfloat16_on_cpu else nullcontext():
+                torch.mm(self.hidden_RH[rows].float(), head.T, out=logits)
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+
+    def log_p(self, columns: slice, rows: slice, log_z: Tensor) -> Tensor:
+        """logits - log_z, float32; rounded to bfloat16 in between where the docstring of this file says so."""
+        if not self.bfloat16_on_cpu:
+            return self.logits(columns, rows).sub_(log_z.unsqueeze(1))
+        rest, parts = log_z * -self.temperature, []
+        for _ in range(3):
+            parts.append(rest.bfloat16())
+            rest = rest - parts[-1]
+        hidden = torch.cat([self.hidden_RH[rows], torch.stack(parts, dim=1)], dim=1)
+        log_p = self._tile(0, rows, columns)
+        rounded = _as_bfloat16(self._tile(1, rows, columns))
+        log_p.copy_(torch.mm(hidden, self._head("with ones", columns).T, out=rounded))
+        return log_p if self.temperature == 1.0 else log_p.div_(self.temperature)
+
+    def second(self, tile: Tensor) -> Tensor:
+        """Memory beside the tile that `logits` or `log_p` gave, of its shape."""
+        return self.memory[-1, : tile.numel()].view_as(tile)
+
+    def rounded(self, tile: Tensor) -> Tensor:
+        """What was written into `second`, in the dtype of the head; the first tile is lost."""
+        if self.bfloat16_on_cpu:
+            return _as_bfloat16(self.memory[0, : tile.numel()].view_as(tile)).copy_(tile)
+        return tile.to(self.weight_VH.dtype)
+
+    def _tile(self, which: int, rows: slice, columns: slice) -> Tensor:
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        return self.memory[which, : shape[0] * shape[1]].view(shape)
+
+    def _head(self, kind: str, columns: slice) -> Tensor:
+        """These rows of the head as an operand, made once for all positions."""
+        if self.operand is None or self.operand[:2] != (kind, columns):
+            head = self.weight_VH[columns]
+            made = head.float() if kind == "float32" else torch.cat([head, head.new_ones(head.shape[0], 3)], dim=1)
+            self.operand = (kind, columns, made)
+        return self.operand[2]
+
+
+class _Gradients:
+    """Gradients of the hidden states and the head from those of the logits, given tile by tile in the tiles' order."""
+
+    def __init__(self, tiles: _Tiles, needed: tuple[bool, ...]) -> None:
+        self.tiles = tiles
+        hidden_RH, weight_VH = tiles.hidden_RH, tiles.weight_VH
+        self.hidden_RH = torch.zeros_like(hidden_RH, dtype=torch.float32) if needed[0] else None
+        self.weight_VH = torch.zeros_like(weight_VH) if needed[1] else None
+        self.block = weight_VH.new_zeros(tiles.width, weight_VH.shape[1], dtype=torch.float32)
+
+    def add(self, grad: Tensor, columns: slice, rows: slice) -> None:
+        grad = self.tiles.rounded(grad)
+        if self.hidden_RH is not None:
+            self.hidden_RH[rows] += _product(grad, self.tiles.weight_VH[columns])
+        if self.weight_VH is not None:
+            block = self.block[: columns.stop - columns.start]
+            block += _product(grad.T, self.tiles.hidden_RH[rows])
+            if rows.stop == self.tiles.hidden_RH.shape[0]:
+                self.weight_VH[columns] = block
+                block.zero_()
+
+    def done(self) -> tuple[Tensor | None, Tensor | None]:
+        hidden_RH = None if self.hidden_RH is None else self.hidden_RH.to(self.tiles.hidden_RH.dtype)
+        return hidden_RH, self.weight_VH
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a @ b
+
+
+def _as_bfloat16(tile: Tensor) -> Tensor:
+    """The first half of the memory of a float32 tile as a bfloat16 tile of its shape."""
+    return tile.view(-1)[: (tile.numel() + 1) // 2].view(torch.bfloat16)[: tile.numel()].view_as(tile)
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Let oneDNN multiply float32 operands as bfloat16, with float32 sums: exact when they were bfloat16 before."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _raise_peak(peak_R: Tensor, new_R: Tensor, *sums: Tensor) -> Tensor:
+    """Refer sums of exp(l - peak_R) to new_R, all in place; returns peak_R - new_R as they were."""
+    fall_R = peak_R - new_R
+    for values_R in sums:
+        values_R *= fall_R.exp()
+    peak_R.copy_(new_R)
+    return fall_R
+
+
+def _own_targets(target: Tensor, first: int, columns: slice) -> tuple[Tensor, Tensor]:
+    """Which targets lie in these columns [R], and their index there [R, 1], 0 for the others."""
+    index = target - (first + columns.start)
+    mine = (index >= 0) & (index < columns.stop - columns.start)
+    return mine, torch.where(mine, index, 0).unsqueeze(1)
 
 
 def _first_row(weight_VH: Tensor, group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group) * weight_VH.shape[0]
 
 
-def _chunks(num: int, size: int) -> list[slice]:
+def _slices(num: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, num)) for i in range(0, num, size)]
 
 
 def _all_reduce(tensor: Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
-    if group is not None and dist.get_world_size(group) > 1:
+    if tensor.numel() > 0 and group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)

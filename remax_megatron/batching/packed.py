@@ -44,6 +44,7 @@ class PackedBatch:
     weight_R: Tensor  # 0 for rows that were not weighed, which are only scored
     response_lengths: list[int]
     segments: list[tuple[int, list[int]]] | None = None
+    number: int = 0  # among the micro-batches of its rank
 
 
 def prompt_groups(rows: Sequence[Row], indices: Sequence[int]) -> list[list[int]]:
@@ -61,6 +62,7 @@ def pack(
     indices: Sequence[int],
     *,
     pad_to: int,
+    number: int = 0,
     pad_limit: int | None = None,
     share_prompts: bool = False,
     device: torch.device | str = "cpu",
@@ -123,4 +125,5 @@ def pack(
         weight_R=floats([[row.weight or 0.0] * len(row.response_ids) for row in chosen]),
         response_lengths=[len(row.response_ids) for row in chosen],
         segments=segments if share_prompts else None,
+        number=number,
     )

@@ -44,6 +44,7 @@ PATHS = (
     "actor_rollout_ref.model.path",
     "trainer.default_local_dir",
     "trainer.rollout_data_dir",
+    "trainer.validation_data_dir",
     "custom_reward_function.path",
 )
 ACTOR = "actor_rollout_ref.actor"

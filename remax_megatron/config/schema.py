@@ -70,7 +70,7 @@ class Megatron:
     grad_offload: bool = False
     optimizer_offload: bool = False
     dtype: str = "bfloat16"  # bfloat16 (fp32 master weights) | float32
-    attention_backend: str = "auto"  # auto | transformer_engine | varlen | sdpa
+    attention_backend: str = "auto"  # auto | transformer_engine | varlen | flex | sdpa
     logprob_chunk_size: int = 1024  # scored positions whose logits exist at once
 
 
@@ -126,6 +126,15 @@ class Ref:
 
 
 @dataclass
+class ValKwargs:
+    """How validation answers are made: greedy, or n sampled ones per prompt."""
+
+    n: int = 1
+    do_sample: bool = False
+    temperature: float = 1.0
+
+
+@dataclass
 class RolloutConfig:
     name: str = "vllm"
     tensor_model_parallel_size: int = 1
@@ -141,6 +150,7 @@ class RolloutConfig:
     enforce_eager: bool = False
     sync_bucket_mb: int = 512  # weight sync: bytes of one rank's share of a flattened bucket, MiB
     canary_threshold: float | None = None  # None: 1e-4 (maximum, float32) or 2e-2 (mean, bfloat16)
+    val_kwargs: ValKwargs = field(default_factory=ValKwargs)
 
 
 @dataclass
@@ -199,6 +209,7 @@ class Trainer:
     critic_warmup: int = 0
     device: str = "auto"  # auto | cuda | cpu
     rollout_data_dir: str | None = None  # dump every rollout batch as JSONL
+    validation_data_dir: str | None = None  # dump the answers of every validation as JSONL
     collective_timeout_s: int = 1800
     export_hf: bool = True  # write the final policy as a Hugging Face folder to default_local_dir/hf
 
@@ -210,12 +221,23 @@ class CustomRewardFunction:
 
 
 @dataclass
+class Reward:
+    """The processes that score answers; see rewards.pool."""
+
+    num_workers: int = 4  # per engine replica
+    timeout_s: float = 10.0  # of one answer; code.py's own limit is 8
+    max_failure_share: float = 0.05  # of a batch's rewards that may fail (and count 0) before the run stops
+    memory_gib: float | None = 4.0  # address space of a worker
+
+
+@dataclass
 class Config:
     data: Data = field(default_factory=Data)
     actor_rollout_ref: ActorRolloutRef = field(default_factory=ActorRolloutRef)
     algorithm: Algorithm = field(default_factory=Algorithm)
     trainer: Trainer = field(default_factory=Trainer)
     custom_reward_function: CustomRewardFunction = field(default_factory=CustomRewardFunction)
+    reward: Reward = field(default_factory=Reward)
 
 
 def needs_reference(config: Config) -> bool:

@@ -1,1 +1,2 @@
-"""Data sets: the parquet schema (schema.py), GSM8K (gsm8k.py), and what the trainer reads (dataset.py). No torch."""
+"""Data sets: the parquet schema (schema.py), GSM8K and MATH (gsm8k.py, math.py, prepare.py), and what the trainer reads
+(dataset.py). No torch."""

@@ -11,19 +11,16 @@ exit code 2. It does not apply a chat template (the loader does) and does not sc
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from remax_megatron.data.dataset import read_jsonl
-from remax_megatron.data.schema import DataError, make_row, write_parquet
+from remax_megatron.data.prepare import Preparation
+from remax_megatron.data.schema import GSM8K_SCHEMA, DataError, make_row
 
 DATA_SOURCE = "openai/gsm8k"
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
-SPLITS = ("train", "test")
 _GROUND_TRUTH = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
@@ -52,61 +49,11 @@ def to_row(example: Mapping[str, Any], split: str, index: int) -> dict[str, Any]
     )
 
 
-def rows_from_jsonl(folder: Path, split: str) -> list[dict[str, Any]]:
-    """The rows of `folder/split.jsonl`, in order. DataError "FILE:LINE: ..." for the first bad line."""
-    path = folder / f"{split}.jsonl"
-    rows: list[dict[str, Any]] = []
-    for line, example in read_jsonl(path):
-        try:
-            rows.append(to_row(example, split, len(rows)))
-        except DataError as error:
-            raise DataError(f"{path}:{line}: {error}") from error
-    if not rows:
-        raise DataError(f"{path}: no rows")
-    return rows
-
-
-def rows_from_hub(split: str) -> Iterator[dict[str, Any]]:
-    """The rows of the split as the hub has them (needs the network or a filled cache of `datasets`)."""
-    import datasets
-    import httpx
-
-    try:
-        examples = datasets.load_dataset(DATA_SOURCE, "main", split=split)
-    except (OSError, httpx.HTTPError) as error:  # offline, not in the cache, not reachable: all of these end here
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"{DATA_SOURCE} (main, {split}) cannot be read from the hub: {reason}; "
-            "with the published files at hand, use --from_jsonl DIR (DIR/train.jsonl and DIR/test.jsonl)"
-        ) from error
-    for index, example in enumerate(examples):
-        yield to_row(example, split, index)
-
-
-def prepare(local_dir: Path, from_jsonl: Path | None = None) -> dict[str, int]:
-    """Writes both files and returns the number of rows of each split."""
-    rows = {}
-    for split in SPLITS:
-        print(f"{split}: reading {from_jsonl or 'the hub'}", flush=True)
-        rows[split] = list(rows_from_hub(split)) if from_jsonl is None else rows_from_jsonl(from_jsonl, split)
-    return {split: write_parquet(rows[split], local_dir / f"{split}.parquet") for split in SPLITS}
+GSM8K = Preparation("GSM8K", DATA_SOURCE, "main", to_row, GSM8K_SCHEMA)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m remax_megatron.data.gsm8k", description="Writes GSM8K as train.parquet and test.parquet."
-    )
-    parser.add_argument("--local_dir", type=Path, required=True, help="folder for the two parquet files")
-    parser.add_argument("--from_jsonl", type=Path, help="folder with train.jsonl and test.jsonl (default: the hub)")
-    args = parser.parse_args(argv)
-    local_dir = args.local_dir.expanduser()
-    try:
-        counts = prepare(local_dir, args.from_jsonl and args.from_jsonl.expanduser())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {counts['train']} train and {counts['test']} test rows to {local_dir}")
-    return 0
+    return GSM8K.command("remax_megatron.data.gsm8k", argv)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ Query, key and value arrive as [T, heads, head_dim] with `PackedSeqParams` (THD)
 
     transformer_engine  GPU; Megatron's TEDotProductAttention
     varlen              GPU without Transformer Engine; torch.nn.attention.varlen (torch >= 2.11)
+    flex                torch's flex attention: compiled on a GPU, slow elsewhere
     sdpa                anywhere; scaled-dot-product attention per row, the reference the tests compare with
 
 Shared prompts (`SharedPromptParams`): the answers to one prompt stand behind it, and each sees the prompt and itself.
-Only sdpa computes that.
+Only flex and sdpa compute that.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from remax_megatron.errors import UserError
 
-SHARES_PROMPTS = ("sdpa",)  # backends that take SharedPromptParams
+SHARES_PROMPTS = ("flex", "sdpa")  # backends that take SharedPromptParams
 
 
 @dataclass
@@ -37,16 +39,23 @@ class SharedPromptParams(PackedSeqParams):
     segments: list[tuple[int, list[int]]] | None = None
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend to use on `device` for `dtype`; UserError when the requested one cannot run there."""
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, share_prompts: bool = False) -> str:
+    """The backend to use on `device` for `dtype`; UserError when the requested one cannot run there, or cannot
+    compute shared prompts."""
     fast = device.type == "cuda" and dtype == torch.bfloat16  # flash kernels take no float32
     runs = {
         "transformer_engine": fast and HAVE_TE,
         "varlen": fast and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "flex": device.type == "cuda",
         "sdpa": True,
     }
     if requested == "auto":
-        return next(name for name, can_run in runs.items() if can_run)
+        return next(name for name, ok in runs.items() if ok and (name in SHARES_PROMPTS or not share_prompts))
+    if share_prompts and requested not in SHARES_PROMPTS:
+        raise UserError(
+            f"attention_backend={requested} cannot compute shared prompts; set actor_rollout_ref.actor.share_prompts="
+            f"False, or actor_rollout_ref.actor.megatron.attention_backend to {' or '.join(SHARES_PROMPTS)}"
+        )
     if not runs[requested]:
         raise UserError(
             f"attention_backend={requested} cannot run here on {device.type} in {dtype}; set "
@@ -81,13 +90,8 @@ class SdpaPerRow(_PackedAttention):
     """Causal attention, one row at a time: work grows with the sum of squared row lengths, not of the whole pack."""
 
     def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
-        if isinstance(packed, SharedPromptParams):
-            assert packed.segments is not None
-            segments = packed.segments
-        else:
-            segments = [(length, []) for length in packed.cu_seqlens_q.diff().tolist()]
         outs, start = [], 0
-        for prompt, answers in segments:
+        for prompt, answers in _segments(packed):
             end = start + prompt
             rows = slice(start, end)
             outs.append(self._row(query_TND[rows], key_TKD[rows], value_TKD[rows]))
@@ -118,6 +122,52 @@ class SdpaPerRow(_PackedAttention):
         return out.squeeze(0).transpose(0, 1)
 
 
+class FlexAttention(_PackedAttention):
+    """torch's flex attention under a mask made from the segments; compiled on CUDA. arXiv 2412.05496."""
+
+    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        segment_T, answer_T = _labels(_segments(packed), query_TND.device)
+
+        def sees(batch, head, q, kv):
+            mine = (answer_T[kv] == 0) | (answer_T[kv] == answer_T[q])
+            return (segment_T[q] == segment_T[kv]) & (kv <= q) & mine
+
+        total = query_TND.shape[0]
+        mask = create_block_mask(sees, B=None, H=None, Q_LEN=total, KV_LEN=total, device=query_TND.device)
+        out = _flex_attention(query_TND.is_cuda)(
+            *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query_TND, key_TKD, value_TKD)),
+            block_mask=mask,
+            scale=self.softmax_scale,
+            enable_gqa=query_TND.shape[1] != key_TKD.shape[1],
+        )
+        return out.squeeze(0).transpose(0, 1)
+
+
+@functools.cache
+def _flex_attention(compiled: bool):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+def _segments(packed: PackedSeqParams) -> list[tuple[int, list[int]]]:
+    if isinstance(packed, SharedPromptParams):
+        assert packed.segments is not None
+        return packed.segments
+    return [(length, []) for length in packed.cu_seqlens_q.diff().tolist()]
+
+
+def _labels(segments: list[tuple[int, list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Per token: the number of its segment, and that of its answer within it (0: the prompt)."""
+    lengths = [prompt + sum(answers) for prompt, answers in segments]
+    segment_T = torch.arange(len(segments)).repeat_interleave(torch.tensor(lengths))
+    parts = [(i, size) for prompt, answers in segments for i, size in enumerate([prompt, *answers])]
+    numbers, sizes = torch.tensor(parts).T
+    return segment_T.to(device), numbers.repeat_interleave(sizes).to(device)
+
+
 class VarlenAttention(_PackedAttention):
     """torch's variable-length flash attention; CUDA, bfloat16, torch >= 2.11."""
 
@@ -144,4 +194,4 @@ def core_attention(backend: str) -> type:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
-    return {"varlen": VarlenAttention, "sdpa": SdpaPerRow}[backend]
+    return {"varlen": VarlenAttention, "flex": FlexAttention, "sdpa": SdpaPerRow}[backend]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,14 +25,26 @@ from remax_megatron.batching.packed import PackedBatch, num_shared_tokens, pack,
 from remax_megatron.batching.schedule import Schedule, row_cost, schedule_by_rows, schedule_by_tokens
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Actor
-from remax_megatron.model.attention import SHARES_PROMPTS, SharedPromptParams, choose_backend
+from remax_megatron.model.attention import SharedPromptParams, choose_backend
 from remax_megatron.model.qwen2 import build_chunks, transformer_config
 from remax_megatron.model.weights import load_weights
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.types import Row
 
-# (batch, log-probabilities [R], entropies [R]) -> (the loss of the micro-batch, metrics for Megatron)
-LossFunction = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, dict]]
+
+@dataclass(frozen=True)
+class Scored:
+    """The scored positions of a micro-batch on the last stage: logprob_R and entropy_R [R] float32, and what they were
+    computed from, the hidden states hidden_RH and this rank's rows of the head, head_VH."""
+
+    logprob_R: Tensor
+    entropy_R: Tensor
+    hidden_RH: Tensor
+    head_VH: Tensor
+
+
+# -> the loss of the micro-batch
+LossFunction = Callable[[PackedBatch, Scored], Tensor]
 
 
 class PackedModel:
@@ -52,11 +65,10 @@ class PackedModel:
         self.temperature = temperature
         self._row_cost = row_cost(facts)
         self.dtype = getattr(torch, actor.megatron.dtype)
-        backend = choose_backend(actor.megatron.attention_backend, layout.device, self.dtype)
-        self.shares_prompts = actor.share_prompts and backend in SHARES_PROMPTS
+        self.shares_prompts = actor.share_prompts
+        requested = actor.megatron.attention_backend
+        backend = choose_backend(requested, layout.device, self.dtype, self.shares_prompts)
         log(f"Attention backend: {backend} on {layout.device.type}, {actor.megatron.dtype}")
-        if actor.share_prompts and not self.shares_prompts:
-            log(f"note: actor.share_prompts has no effect with {backend}; {', '.join(SHARES_PROMPTS)} can do it")
         self.config = transformer_config(
             facts,
             layout,
@@ -78,21 +90,30 @@ class PackedModel:
 
         Collective: all ranks, same rows; the result is on every rank.
         """
-        if not rows:
-            return []
+        return self._per_token(rows, self.schedule(rows), lambda batch, scored: scored.logprob_R, temperature)
+
+    def _per_token(
+        self,
+        rows: Sequence[Row],
+        schedule: Schedule,
+        value: Callable[[PackedBatch, Scored], Tensor],
+        temperature: float | None = None,
+    ) -> list[list[float]]:
+        """A number [R] for every response token of `rows`, on every rank, from a forward pass. Collective."""
         offsets, total = _offsets(rows)
         flat = torch.zeros(total, dtype=torch.float32, device=self.layout.device)
 
-        def collect(batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
+        def collect(batch: PackedBatch, scored: Scored) -> Tensor:
+            value_R = value(batch, scored)
             if self.layout.speaks_for_replica:
-                start = 0
-                for row in batch.rows:
-                    size = len(rows[row].response_ids)
-                    flat[offsets[row] : offsets[row] + size] = logprob_R[start : start + size]
-                    start += size
-            return logprob_R.sum(), {}
+                parts = value_R.split(batch.response_lengths) if batch.rows else []
+                for row, part in zip(batch.rows, parts, strict=True):
+                    flat[offsets[row] : offsets[row] + len(part)] = part
+            return value_R.sum()
 
-        self._run(rows, self.schedule(rows), collect, forward_only=True, temperature=temperature)
+        if not rows:
+            return []
+        self._run(rows, schedule, collect, forward_only=True, temperature=temperature)
         dist.all_reduce(flat)
         values = flat.tolist()
         return [values[start : start + len(row.response_ids)] for row, start in zip(rows, offsets, strict=True)]
@@ -135,10 +156,11 @@ class PackedModel:
 
         def batches() -> Iterator[PackedBatch]:
             limit = self.actor.ppo_max_token_len_per_gpu if self.actor.use_dynamic_bsz else None
-            for indices in mine:
+            for number, indices in enumerate(mine):
                 yield pack(
                     rows,
                     indices,
+                    number=number,
                     pad_to=pad_to,
                     pad_limit=limit,
                     share_prompts=self.shares_prompts,
@@ -175,29 +197,30 @@ class PackedModel:
         )
 
         def loss_func(hidden_T1H: Tensor):
-            logprob_R, entropy_R = self._score(chunk, hidden_T1H, batch, temperature)
-            total, metrics = loss(batch, logprob_R, entropy_R)
-            return total, torch.zeros([], dtype=torch.int), metrics
+            total = loss(batch, self._score(chunk, hidden_T1H, batch, temperature))
+            return total, torch.zeros([], dtype=torch.int), {}
 
         return output, loss_func
 
-    def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy at the scored positions, from the last stage's hidden states."""
+    def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> Scored:
+        """The scored positions of `batch`, from the last stage's hidden states."""
         group = self.layout.tp_group
         if self.sequence_parallel:
             hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(hidden_T1H, group=group)
         else:
             hidden_T1H = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_T1H, group=group)
         hidden_RH = hidden_T1H.squeeze(1).index_select(0, batch.position_R)
-        return head_logprob(
+        head_VH = _unwrap(chunk).head_weight()
+        logprob_R, entropy_R = head_logprob(
             hidden_RH,
-            _unwrap(chunk).head_weight(),
+            head_VH,
             batch.target_R,
             vocab_size=self.facts.vocab_size,
             temperature=temperature,
             chunk_size=self.actor.megatron.logprob_chunk_size,
             group=group,
         )
+        return Scored(logprob_R, entropy_R, hidden_RH, head_VH)
 
 
 def _packed_params(batch: PackedBatch) -> PackedSeqParams:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from remax_megatron.algorithm.importance import ImportanceStats, importance_weights
 from remax_megatron.algorithm.kl import token_kl
+from remax_megatron.algorithm.logprob import head_full_kl
 from remax_megatron.algorithm.losses import Clip, clipped_policy_loss, reinforce_loss
 from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
@@ -26,7 +28,8 @@ from remax_megatron.config.schema import Actor, RolloutCorrection
 from remax_megatron.model.weights import WeightStream
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
-from remax_megatron.policy.packed_model import PackedModel
+from remax_megatron.policy.packed_model import PackedModel, Scored
+from remax_megatron.policy.reference import Reference
 from remax_megatron.types import Row
 
 # Sums over the tokens of an update, in the order they travel in; those of importance weights are over weights.
@@ -136,28 +139,59 @@ class Policy(PackedModel):
 
     # -- updating --------------------------------------------------------------------------------------------------
 
-    def update(self, rows: Sequence[Row], schedule: Schedule | None = None) -> UpdateResult:
+    def full_kl(self, rows: Sequence[Row], reference: Reference) -> list[list[float]]:
+        """KL(policy || reference) over the whole vocabulary at every response token of `rows`, in nats. Collective."""
+        schedule = self.schedule(rows)
+        states = reference.hidden_states(rows, schedule)
+        with reference.on_device():
+            return self._per_token(
+                rows, schedule, lambda batch, scored: self._full_kl(batch, scored, reference, states)
+            )
+
+    def _full_kl(self, batch: PackedBatch, scored: Scored, reference: Reference, states: list[Tensor]) -> Tensor:
+        return head_full_kl(
+            scored.hidden_RH,
+            scored.head_VH,
+            states[batch.number],
+            reference.head_VH,
+            vocab_size=self.facts.vocab_size,
+            temperature=self.temperature,
+            chunk_size=self.actor.megatron.logprob_chunk_size,
+            group=self.layout.tp_group,
+        )
+
+    def update(
+        self, rows: Sequence[Row], schedule: Schedule | None = None, reference: Reference | None = None
+    ) -> UpdateResult:
         """One optimizer step on `rows`, whose `weight` the caller has set from the whole update (`weigh_rows`).
 
-        Collective: all ranks, same rows, same `schedule` (None: `self.schedule(rows)`).
+        `reference` is needed where the loss has the full KL. Collective: all ranks, same rows, same `schedule` (None:
+        `self.schedule(rows)`).
         """
         schedule = self.schedule(rows) if schedule is None else schedule
+        full = self.actor.use_kl_loss and self.actor.kl_loss_type == "full"
+        states: list[Tensor] = []
+        if full:
+            assert reference is not None, "the full KL needs the reference policy"
+            states = reference.hidden_states(rows, schedule)
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.layout.device)
         maxima = torch.zeros(len(_MAXIMA), dtype=torch.float64, device=self.layout.device)
 
-        def loss(batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, dict]:
-            total, batch_sums, batch_maxima = self._loss(batch, logprob_R, entropy_R)
-            if self.layout.speaks_for_replica and logprob_R.numel():
+        def loss(batch: PackedBatch, scored: Scored) -> Tensor:
+            kl_R = self._full_kl(batch, scored, reference, states) if reference is not None and full else None
+            total, batch_sums, batch_maxima = self._loss(batch, scored.logprob_R, scored.entropy_R, kl_R)
+            if self.layout.speaks_for_replica and scored.logprob_R.numel():
                 sums.add_(batch_sums)
                 torch.maximum(maxima, batch_maxima, out=maxima)
-            return total, {}
+            return total
 
         self._restore_training_memory()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         learning_rate = self._set_hyperparameters()
-        self._run(rows, schedule, loss, forward_only=False)
+        with reference.on_device() if reference is not None and full else nullcontext():
+            self._run(rows, schedule, loss, forward_only=False)
         dist.all_reduce(sums)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         total = dict(zip(_SUMS, sums.tolist(), strict=True))
@@ -195,7 +229,9 @@ class Policy(PackedModel):
             importance=importance.metrics(),
         )
 
-    def _loss(self, batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(
+        self, batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor, full_kl_R: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss of the micro-batch with its gradient, sums in the order of _SUMS, maxima in that of _MAXIMA)."""
         actor, correction = self.actor, self.correction
         old_R = batch.old_logprob_R
@@ -221,8 +257,11 @@ class Policy(PackedModel):
             loss_R = loss_R - actor.entropy_coeff * entropy_R
         kl_R = torch.zeros_like(logprob_R)
         if actor.use_kl_loss and logprob_R.numel():
-            assert batch.ref_logprob_R is not None, "a KL loss needs the reference's log-probabilities"
-            kl_R = token_kl(logprob_R, batch.ref_logprob_R, actor.kl_loss_type)
+            if full_kl_R is not None:
+                kl_R = full_kl_R
+            else:
+                assert batch.ref_logprob_R is not None, "a KL loss needs the reference's log-probabilities"
+                kl_R = token_kl(logprob_R, batch.ref_logprob_R, actor.kl_loss_type)
             loss_R = loss_R + actor.kl_loss_coef * kl_R
         total = (loss_R * batch.weight_R).sum()
         mismatch_R = logprob_R.detach() - batch.rollout_logprob_R

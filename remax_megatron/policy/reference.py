@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+from torch import Tensor
+
+from remax_megatron.batching.packed import PackedBatch
+from remax_megatron.batching.schedule import Schedule
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Actor
 from remax_megatron.parallel.layout import Layout
-from remax_megatron.policy.packed_model import PackedModel
+from remax_megatron.policy.packed_model import PackedModel, Scored
 from remax_megatron.types import Row
 
 
@@ -33,12 +38,39 @@ class Reference(PackedModel):
         self._offload = offload and layout.device.type == "cuda"
         self._move("cpu")
 
-    def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The weights are where they can be computed with while the block runs. May be nested."""
         self._move(self.layout.device)
         try:
-            return super().logprobs(rows, temperature)
+            yield
         finally:
             self._move("cpu")
+
+    def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
+        with self.on_device():
+            return super().logprobs(rows, temperature)
+
+    def hidden_states(self, rows: Sequence[Row], schedule: Schedule) -> list[Tensor]:
+        """[R, H] of this rank's micro-batches in their order, on the last stage (elsewhere none). Collective.
+
+        A whole distribution over the vocabulary is made from them where it is needed (`head_full_kl`).
+        """
+        states: list[Tensor] = []
+
+        def keep(batch: PackedBatch, scored: Scored) -> Tensor:
+            assert batch.number == len(states), "micro-batches come in order"
+            states.append(scored.hidden_RH)
+            return scored.logprob_R.sum()
+
+        with self.on_device():
+            self._run(rows, schedule, keep, forward_only=True)
+        return states
+
+    @property
+    def head_VH(self) -> Tensor:
+        """This rank's rows of the head; on the last stage."""
+        return self.bare_chunks[-1].head_weight()
 
     def _move(self, device) -> None:
         if self._offload:

@@ -1,15 +1,22 @@
-r"""The strict scorer of GSM8K: verl's default rule, so that rewards compare with published runs.
+r"""The strict scorer of GSM8K: verl's default rule, so that rewards compare with published runs; a tolerant one beside.
 
 The last match of `#### NUMBER` within the last 300 characters is the answer; commas are dropped; the text must equal
 the ground truth. So `#### 18`, `#### 1,000` (for 1000) and `#### 18%` count, while `#### 18.`, `#### $18`, `####18`,
 `#### **18**`, `\boxed{18}` and `#### 18.0` do not. It rewards the format as much as the number, on purpose.
+
+The flexible rule takes the last number within the same 300 characters, whatever stands around it, as verl's `flexible`
+method does, and accepts all that verl's accepts; beyond it "," is dropped, a full stop at the end is no part of the
+number, and numbers are compared as numbers. So all of the above count, and `#### 18 apples in 3 boxes` does not: the
+rules can differ either way, and how often they do is worth watching.
 """
 
 from __future__ import annotations
 
 import re
+from decimal import Decimal, InvalidOperation
 
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+_NUMBER = re.compile(r"\-?[0-9\.\,]+")
 TAIL_CHARS = 300  # the rule looks no further back: a long answer that ends properly is cheap to score
 
 
@@ -22,3 +29,26 @@ def extract_answer(solution_str: str) -> str | None:
 def strict_score(solution_str: str, ground_truth: str) -> float:
     """1.0 where the extracted answer is the ground truth, character by character; else 0.0."""
     return float(extract_answer(solution_str) == ground_truth)
+
+
+def flexible_score(solution_str: str, ground_truth: str) -> float:
+    """1.0 where the last number near the end equals the ground truth as a number; else 0.0."""
+    numbers = (_to_number(text) for text in reversed(_NUMBER.findall(solution_str[-TAIL_CHARS:])))
+    last = next((number for number in numbers if number is not None), None)
+    return float(last is not None and last == _to_number(ground_truth))
+
+
+def score(solution_str: str, ground_truth: str) -> dict[str, float]:
+    """The strict score (the reward), and the flexible one under its name."""
+    return {
+        "score": strict_score(solution_str, ground_truth),
+        "flexible": flexible_score(solution_str, ground_truth),
+    }
+
+
+def _to_number(text: str) -> Decimal | None:
+    """None for what is only signs: ".", ",", "-", "1.2.3"."""
+    try:
+        return Decimal(text.replace(",", "").rstrip("."))
+    except InvalidOperation:
+        return None

@@ -4,29 +4,37 @@ A custom function has verl's signature and returns a finite number, or a dict wi
 
     def compute_score(data_source, solution_str, ground_truth, extra_info=None): ...
 
-It is called in this process, one sample at a time, with those four keyword arguments. Whatever it raises ends the run
-with the sample named: an error must not turn into a reward of 0. There is no deadline per sample here.
+It is called with those four keyword arguments, one sample at a time. Whatever it raises is raised here with the sample
+named: an error must not turn into a reward of 0 unseen. There is no deadline per sample here: pool.py has one, runs
+these functions in processes of its own, and counts what fails.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from remax_megatron.errors import UserError
-from remax_megatron.rewards.gsm8k import strict_score
 
-# (data_source, solution_str, ground_truth, extra_info) -> reward
-Scorer = Callable[[str, str, str, dict[str, Any]], float]
+# (data_source, solution_str, ground_truth, extra_info) -> reward, and the scorer's other numbers by name
+Scorer = Callable[[str, str, str, dict[str, Any]], tuple[float, dict[str, float]]]
 
-BY_DATA_SOURCE: dict[str, Callable[[str, str], float]] = {"openai/gsm8k": strict_score, "word_problems": strict_score}
+# The built-in rules: "module:function" of (solution_str, ground_truth), imported where and when it is needed.
+BUILT_IN: dict[str, str] = {
+    "openai/gsm8k": "remax_megatron.rewards.gsm8k:score",
+    "word_problems": "remax_megatron.rewards.gsm8k:score",
+    "DigitalLearningGmbH/MATH-lighteval": "remax_megatron.rewards.math:score",
+    "code": "remax_megatron.rewards.code:score",
+}
 
 
 class RewardError(UserError):
@@ -36,13 +44,16 @@ class RewardError(UserError):
 def load_scorer(path: str | None, name: str = "compute_score") -> Scorer:
     """The scorer by data source when `path` is None, else function `name` of the Python file `path` (its code runs).
 
-    RewardError when the file or the function is missing, the file does not import, or the signature does not fit.
+    It returns the reward, and the finite numbers beside "score" of a dict. RewardError when the file or the function
+    is missing, the file does not import, or the signature does not fit.
     """
     if path is None:
-        return score_by_data_source
+        return _score_by_data_source
     function = _load_function(Path(path).expanduser(), name)
 
-    def score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any]) -> float:
+    def score(
+        data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any]
+    ) -> tuple[float, dict[str, float]]:
         sample = f"data_source={data_source!r}, ground_truth={ground_truth!r}, extra_info={str(extra_info)[:200]}, "
         sample += f"solution ends {solution_str[-200:]!r}"
         try:
@@ -52,31 +63,48 @@ def load_scorer(path: str | None, name: str = "compute_score") -> Scorer:
         except Exception as error:  # the user's code may raise anything; it is named and raised again, never scored
             raise RewardError(f"{path}: {name} raised {type(error).__name__}: {error}; sample: {sample}") from error
         value = result.get("score") if isinstance(result, dict) else result
-        if not isinstance(value, numbers.Real | np.bool_) or not math.isfinite(value):
+        if not _is_finite_number(value):
             raise RewardError(
                 f"{path}: {name} returned {result!r}; a finite number, or a dict with one under 'score', is needed; "
                 f"sample: {sample}"
             )
-        return float(value)
+        return float(value), _other_numbers(result)
 
     return score
 
 
+def _is_finite_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real | np.bool_) and math.isfinite(value)
+
+
+def _other_numbers(result: Any) -> dict[str, float]:
+    if not isinstance(result, Mapping):
+        return {}
+    return {str(k): float(v) for k, v in result.items() if k != "score" and _is_finite_number(v)}
+
+
+@functools.cache
+def built_in_rule(data_source: str) -> Callable[[str, str], float | dict[str, float]]:
+    """The rule of BUILT_IN for the data source, imported; RewardError for an unknown one."""
+    check_data_sources({data_source})
+    module, name = BUILT_IN[data_source].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _score_by_data_source(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any]
+) -> tuple[float, dict[str, float]]:
+    result = built_in_rule(data_source)(solution_str, ground_truth)
+    return float(result["score"] if isinstance(result, dict) else result), _other_numbers(result)
+
+
 def check_data_sources(data_sources: set[str]) -> None:
     """RewardError naming the data sources without a built-in scorer. For a start-up check when no path is set."""
-    if unknown := sorted(data_sources - BY_DATA_SOURCE.keys()):
+    if unknown := sorted(data_sources - BUILT_IN.keys()):
         raise RewardError(
-            f"no scorer for data_source {', '.join(map(repr, unknown))}; known: {', '.join(BY_DATA_SOURCE)}; "
+            f"no scorer for data_source {', '.join(map(repr, unknown))}; known: {', '.join(BUILT_IN)}; "
             "set custom_reward_function.path to a Python file with your own"
         )
-
-
-def score_by_data_source(
-    data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None = None
-) -> float:
-    """The built-in rule of the data source; RewardError for an unknown one."""
-    check_data_sources({data_source})
-    return BY_DATA_SOURCE[data_source](solution_str, ground_truth)
 
 
 def _load_function(path: Path, name: str) -> Callable[..., Any]:

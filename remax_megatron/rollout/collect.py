@@ -8,7 +8,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from remax_megatron.metrics import PhaseTimer
-from remax_megatron.rewards.scoring import Scorer
+from remax_megatron.rewards.pool import RewardPool, check_failures
+from remax_megatron.rewards.worker import ScoreRequest, ScoreResult
 from remax_megatron.rollout.engine import Engine
 from remax_megatron.types import Completion, Prompt, Rollout
 
@@ -18,8 +19,9 @@ T = TypeVar("T")
 class Collector:
     """Runs the engine and the scorer over a batch of prompts; its calls are collective over the world."""
 
-    def __init__(self, engine: Engine, scorer: Scorer, timer: PhaseTimer):
-        self.engine, self.scorer, self.timer = engine, scorer, timer
+    def __init__(self, engine: Engine, pool: RewardPool | None, max_failure_share: float, timer: PhaseTimer):
+        """`pool` is needed on the ranks that lead a replica."""
+        self.engine, self.pool, self.max_failure_share, self.timer = engine, pool, max_failure_share, timer
 
     def rollouts(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
         """The answers to each prompt, scored, in the order of `prompts`, on every rank.
@@ -32,23 +34,40 @@ class Collector:
             self.engine.sleep()
             dist.barrier()  # the phase is as long as the slowest replica's
         with self.timer.phase("reward"):
-            if self.engine.leads_replica:
-                for rollout in rollouts:
-                    for completion in rollout.completions:
-                        completion.reward = self._score(rollout.prompt, completion)
-            return self._gather(rollouts)
+            self._score([(rollout.prompt, answer) for rollout in rollouts for answer in rollout.completions])
+            gathered = self._gather(rollouts)
+            self._check([answer for rollout in gathered for answer in rollout.completions])
+            return gathered
 
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Completion]:
-        """The scored greedy answer of each prompt, in order, on every rank."""
+    def validation(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
+        """The scored validation answers to each prompt, in order, on every rank."""
         mine = _share(prompts, self.engine.replica, self.engine.num_replicas)
-        completions = self.engine.greedy(mine)
-        if self.engine.leads_replica:
-            for prompt, completion in zip(mine, completions, strict=True):
-                completion.reward = self._score(prompt, completion)
-        return self._gather(completions)
+        answers = self.engine.validation(mine)
+        self._score([(prompt, answer) for prompt, group in zip(mine, answers, strict=True) for answer in group])
+        gathered = self._gather(answers)
+        self._check([answer for group in gathered for answer in group])
+        return gathered
 
-    def _score(self, prompt: Prompt, completion: Completion) -> float:
-        return self.scorer(prompt.data_source, completion.text, prompt.ground_truth, prompt.extra_info)
+    def close(self) -> None:
+        """End the reward workers and the engine; every rank calls."""
+        if self.pool is not None:
+            self.pool.close()
+        self.engine.close()
+
+    def _score(self, answers: Sequence[tuple[Prompt, Completion]]) -> None:
+        """Set the rewards of this replica's answers, on the rank that leads it."""
+        if not self.engine.leads_replica:
+            return
+        assert self.pool is not None
+        requests = [ScoreRequest(p.data_source, a.text, p.ground_truth, p.extra_info) for p, a in answers]
+        for (_, answer), result in zip(answers, self.pool.score(requests), strict=True):
+            answer.reward, answer.scores = result.score, result.extra
+            answer.reward_outcome, answer.reward_message = result.outcome, result.message
+
+    def _check(self, answers: Sequence[Completion]) -> None:
+        """RewardFailures, on every rank alike, when too many of the run's rewards could not be had."""
+        results = [ScoreResult(a.reward, a.reward_outcome, a.reward_message) for a in answers]
+        check_failures(results, self.max_failure_share)
 
     def _gather(self, mine: list[T]) -> list[T]:
         parts: list = [None] * dist.get_world_size()

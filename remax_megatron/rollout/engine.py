@@ -20,6 +20,8 @@ from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.seeds import derive_seed
 from remax_megatron.types import Completion, Prompt, Rollout
 
+VALIDATION = 2**32 - 1  # in seeds, where training has the number of its step
+
 
 @dataclass(frozen=True)
 class ScoringRequest:
@@ -152,7 +154,8 @@ class Engine:
         for prompt in prompts:
             requests += [prompt.token_ids] * (num_greedy + n)
             parameters += [self._greedy()] * num_greedy
-            parameters += [self._sampled(derive_seed(self.seed, step, prompt.index, i)) for i in range(n)]
+            seeds = [derive_seed(self.seed, step, prompt.index, i) for i in range(n)]
+            parameters += [self._sampled(seed, self.config.temperature) for seed in seeds]
         answers = iter(self._generate(requests, parameters))
         rollouts = []
         for prompt in prompts:
@@ -160,9 +163,20 @@ class Engine:
             rollouts.append(Rollout(prompt, [next(answers) for _ in range(n)], greedy))
         return rollouts
 
-    def greedy(self, prompts: Sequence[Prompt]) -> list[Completion]:
-        """The greedy answer of each prompt (validation)."""
-        return self._generate([p.token_ids for p in prompts], [self._greedy()] * len(prompts))
+    def validation(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
+        """`val_kwargs.n` answers, sampled or greedy, to each of this replica's `prompts`; rewards not yet set.
+
+        The seed of a sample derives from (seed, "validation", prompt, sample): the same at every step, so that what
+        changes between two validations is the policy. All ranks of the replica call.
+        """
+        val = self.config.val_kwargs
+        requests, parameters = [], []
+        for prompt in prompts:
+            requests += [prompt.token_ids] * val.n
+            seeds = [derive_seed(self.seed, VALIDATION, prompt.index, i) for i in range(val.n)]
+            parameters += [self._sampled(seed, val.temperature) if val.do_sample else self._greedy() for seed in seeds]
+        answers = iter(self._generate(requests, parameters))
+        return [[next(answers) for _ in range(val.n)] for _ in prompts]
 
     def score(self, requests: Sequence[ScoringRequest]) -> list[tuple[list[float], list[int], list[float]]]:
         """Per request: logprobs of token_ids[1:], then the continuation's tokens and their logprobs; temperature 1.
@@ -188,8 +202,8 @@ class Engine:
     def _greedy(self, max_tokens: int | None = None):
         return self._parameters(max_tokens, temperature=0.0)
 
-    def _sampled(self, seed: int):
-        return self._parameters(None, temperature=self.config.temperature, seed=seed)
+    def _sampled(self, seed: int, temperature: float):
+        return self._parameters(None, temperature=temperature, seed=seed)
 
     def _parameters(self, max_tokens: int | None, **sampling):
         from vllm import SamplingParams
