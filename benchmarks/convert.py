@@ -200,10 +200,6 @@ def peers_python(folder: Path) -> Path:
     return python
 
 
-def seconds(runs: list[Usage]) -> list[float]:
-    return [run.seconds for run in runs]
-
-
 def own_seconds(run: Usage) -> float:
     """What a command of ours says it took, from reading config.json to the renamed folder."""
     found = re.search(r" GB in ([\d.]+) s ", run.output)

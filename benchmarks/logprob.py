@@ -1,7 +1,7 @@
 """Memory and time of the head's log-probabilities, forward and backward: ours, Megatron-Core's, cut-cross-entropy's.
 
     python benchmarks/logprob.py [--tokens 8192] [--peer-tokens N] [--hidden 896] [--vocab 152064] [--tp 1 2]
-                                 [--json FILE] [--peers DIR | --no-peers]
+                                 [--repeats 3] [--json FILE] [--peers DIR | --no-peers]
 
     ours        head_logprob: log-probabilities and entropies, gradients of both
     megatron    hidden @ weight.T, then megatron.core.tensor_parallel.vocab_parallel_cross_entropy: no entropies
@@ -11,17 +11,19 @@ All in bfloat16 on the CPU, one thread per rank, gloo, random inputs (logits up 
 of its own. --peer-tokens gives Megatron fewer tokens, where its logits do not fit; its numbers are then scaled up. The
 gradient of the hidden states is left as each rank's part on both sides. --peers names a folder with
 benchmarks/peers/requirements-logprob.txt installed; it is made there when missing. Of the first call, after a small
-one: the memory; of the next three: the time. Columns, in MiB, of the rank that needs most:
+one: the memory; of the next --repeats: the time. Columns, in MiB, of the rank that needs most:
 
     peak        largest anonymous memory during the call, sampled every 2 ms, above that right before: all but inputs
     gradients   of it, what the call returns: the gradients of head and hidden states in bfloat16
     rest        peak - gradients
-    s           seconds, forward + backward, median of 3 (- where only memory was asked)
+    s, cpu s    seconds, forward + backward, median of --repeats (- where only memory was asked), on the clock and as
+                the processor counts them for this process: the latter bears other work on the machine
     error       of the log-probabilities of 8 positions against float64
 
-RESULT memory_ratio is ours over Megatron's `peak` (the one with gradients: the worse one), time_ratio that of `s`, the
-worst over --tp; memory_growth_kib is what one more token costs in ours, from 2048 to 16384 tokens, without its gradient
-(the gradient of its hidden state in float32 is 4 H bytes, and the only part that grows; its logits would be 594 KiB).
+RESULT: memory_ratio is ours over Megatron's `peak` (the one with gradients: the worse one), time_ratio that of `s`,
+cpu_time_ratio that of `cpu s`, the worst over --tp. memory_growth_kib is what one more token adds to our `rest` from
+2048 to 16384 tokens: the gradient of its hidden state in float32 has 4 H bytes, and nothing else grows (its logits,
+in float32, have 4 V).
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from pathlib import Path
 
 from common import ROOT, finish, machine
 
-REPEATS, SAMPLE_SECONDS, TIMEOUT_S, WARM_TOKENS, CHECKED = 3, 0.002, 1800, 64, 8
+SAMPLE_SECONDS, TIMEOUT_S, WARM_TOKENS, CHECKED = 0.002, 1800, 64, 8
 GROWTH_TOKENS = (2048, 16384)
 PEER_PINS = ROOT / "benchmarks/peers/requirements-logprob.txt"
 Found = dict[str, float | str]
@@ -141,14 +143,15 @@ def one_case(case: dict) -> None:
     found: Found = {"peak": peak_bytes(call) / 2**20}
     found["gradients"] = (hidden_TH.numel() + weight_VH.numel()) * 2 / 2**20
     found["rest"] = found["peak"] - found["gradients"]
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(case["repeats"]):
         dist.barrier()
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         logprob_T = call()
         seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.process_time() - cpu_started)
     if seconds:
-        found["s"] = statistics.median(seconds)
+        found["s"], found["cpu s"] = statistics.median(seconds), statistics.median(cpu_seconds)
         if tp == 1:
             with torch.no_grad():
                 parts = [hidden_TH[:CHECKED].double() @ part.double().T for part in weight_VH.split(4096)]
@@ -199,7 +202,7 @@ def show(who: str, tokens: int, tp: int, found: Found) -> None:
         print(f"{line}  {found['failed']}", flush=True)
         return
     line += f"{found['peak']:9.0f}{found['gradients']:11.0f}{found['rest']:9.0f}"
-    line += f"{found['s']:9.2f}" if "s" in found else f"{'-':>9}"
+    line += f"{found['s']:9.2f}{found['cpu s']:9.2f}" if "s" in found else f"{'-':>9}{'-':>9}"
     print(line + (f"{found['error']:11.1e}" if "error" in found else f"{'-':>11}"), flush=True)
 
 
@@ -210,6 +213,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--vocab", type=int, default=152064)
     parser.add_argument("--tp", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers-logprob", help="cut-cross-entropy's folder")
     parser.add_argument("--no-peers", action="store_true", help="without cut-cross-entropy")
@@ -230,27 +234,35 @@ def main() -> None:
 
     rows: list[dict[str, object]] = []
 
-    def run(who: str, tokens: int, tp: int, repeats: int = REPEATS) -> Found:
+    def run(who: str, tokens: int, tp: int, repeats: int) -> Found:
         case = config | {"who": who, "tokens": tokens, "repeats": repeats, "peers": str(options.peers)}
         found = run_case(case, tp)
         show(who, tokens, tp, found)
         rows.append({"who": who, "tokens": tokens, "tp": tp} | found)
         return found
 
-    print(f"\n{'':10}{'TP':>4}{'tokens':>8}{'peak':>9}{'gradients':>11}{'rest':>9}{'s':>9}{'error':>11}", flush=True)
-    memory, seconds, scale = [], [], options.tokens / peer_tokens
+    print(
+        f"\n{'':10}{'TP':>4}{'tokens':>8}{'peak':>9}{'gradients':>11}{'rest':>9}{'s':>9}{'cpu s':>9}{'error':>11}",
+        flush=True,
+    )
+    memory, seconds, cpu_seconds, scale = [], [], [], options.tokens / peer_tokens
     for tp in options.tp:
-        ours, theirs = run("ours", options.tokens, tp), run("megatron", peer_tokens, tp)
+        ours, theirs = (
+            run(who, tokens, tp, options.repeats)
+            for who, tokens in (("ours", options.tokens), ("megatron", peer_tokens))
+        )
         if "failed" in theirs:
             raise RuntimeError(f"Megatron-Core failed, so there is nothing to compare with: {theirs['failed']}")
         memory.append(ours["peak"] / (theirs["gradients"] + theirs["rest"] * scale))
         seconds.append(ours["s"] / (theirs["s"] * scale))
+        cpu_seconds.append(ours["cpu s"] / (theirs["cpu s"] * scale))
     if not options.no_peers:
-        run("cce", peer_tokens, 1)
+        run("cce", peer_tokens, 1, options.repeats)
     few, many = (run("ours", tokens, 1, repeats=0) for tokens in GROWTH_TOKENS)
     growth = (many["rest"] - few["rest"]) * 1024 / (GROWTH_TOKENS[1] - GROWTH_TOKENS[0])
     details["cases"] = rows
-    result = {"memory_ratio": max(memory), "time_ratio": max(seconds), "memory_growth_kib": growth}
+    result = {"memory_ratio": max(memory), "time_ratio": max(seconds), "cpu_time_ratio": max(cpu_seconds)}
+    result["memory_growth_kib"] = growth
     finish(result, details, options.json)
 
 

@@ -42,11 +42,11 @@ def rollout_metrics(rollouts: Sequence[Rollout], rows: Sequence[Row]) -> dict[st
         [[sample.reward for sample in rollout.samples] for rollout in rollouts], greedy or None
     )
     metrics |= {f"variance/{name}": variance for name, variance in variances.items()}
-    metrics |= _scoring([answer for rollout in rollouts for answer in rollout.completions])
+    metrics |= scoring_metrics([answer for rollout in rollouts for answer in rollout.completions])
     return metrics | (_against_greedy(rollouts) if greedy else {})
 
 
-def _scoring(answers: Sequence[Completion]) -> dict[str, float]:
+def scoring_metrics(answers: Sequence[Completion]) -> dict[str, float]:
     """Rewards that could not be had, the scorers' other numbers, and where GSM8K's strict and tolerant rule differ."""
     metrics = {
         f"reward/{outcome}_share": sum(answer.reward_outcome == outcome for answer in answers) / len(answers)
@@ -54,7 +54,7 @@ def _scoring(answers: Sequence[Completion]) -> dict[str, float]:
     }
     for name in dict.fromkeys(name for answer in answers for name in answer.scores):
         values = [answer.scores[name] for answer in answers if name in answer.scores]
-        metrics[f"reward/{name}"] = sum(values) / len(values)
+        metrics[f"reward/extra/{name}"] = sum(values) / len(values)
     tolerant = [(answer.reward, answer.scores["flexible"]) for answer in answers if "flexible" in answer.scores]
     if tolerant:
         metrics["reward/strict_flexible_disagreement"] = sum(a != b for a, b in tolerant) / len(tolerant)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remax_megatron.atomic import replacing
+from remax_megatron.diagnostics import scoring_metrics
 from remax_megatron.rewards.boxed import last_boxed
 from remax_megatron.rewards.gsm8k import extract_answer
 from remax_megatron.types import Completion, Prompt
@@ -47,6 +48,7 @@ def validate(
     with collector.timer.phase("validation"):
         for start in range(0, len(prompts), batch_size):
             answers += collector.validation(prompts[start : start + batch_size])
+        collector.check_rewards([answer for group in answers for answer in group])
     if dump_dir is not None:
         texts = collector.engine.tokenizer.batch_decode([list(prompt.token_ids) for prompt in prompts])
         with replacing(Path(dump_dir) / f"{step}.jsonl") as path:
@@ -83,6 +85,7 @@ def validation_metrics(
         num_right = [sum(reward >= 1.0 for reward in group) for group in rewards]
         for k in (2**i for i in range(n.bit_length())):
             metrics[f"val/{source}/pass@{k}"] = _mean([pass_at_k(n, right, k) for right in num_right])
+    metrics |= {f"val/{name}": value for name, value in scoring_metrics(every).items()}
     return metrics | {
         "val/mean_tokens": _mean([len(answer.token_ids) for answer in every]),
         "val/truncated_share": _mean([not answer.finished for answer in every]),
@@ -123,6 +126,7 @@ def dump_lines(
                 "ground_truth": prompt.ground_truth,
                 "answer": answer.text,
                 "reward": answer.reward,
+                "reward_outcome": answer.reward_outcome,
                 "finished": answer.finished,
                 "num_tokens": len(answer.token_ids),
             }

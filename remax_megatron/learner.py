@@ -17,7 +17,8 @@ import torch
 from remax_megatron.algorithm.advantages import training_rows
 from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.algorithm.estimators import get_estimator
-from remax_megatron.algorithm.kl import kl_controller, token_kl, with_kl_in_reward
+from remax_megatron.algorithm.estimators.reward_softmax import effective_sample_size
+from remax_megatron.algorithm.kl import AdaptiveKl, FixedKl, kl_controller, token_kl, with_kl_in_reward
 from remax_megatron.config.schema import Config, skips_zero_advantage
 from remax_megatron.types import Rollout, Row
 
@@ -46,8 +47,12 @@ class Learner:
             norm_by_std=algorithm.norm_adv_by_std_in_grpo,
             temperature=algorithm.reward_softmax_temperature,
         )
-        self.kl = kl_controller(control.type, control.kl_coef, control.target_kl, control.horizon)
+        self.kl: FixedKl | AdaptiveKl = FixedKl(0.0)
+        if algorithm.use_kl_in_reward:
+            self.kl = kl_controller(control.type, control.kl_coef, control.target_kl, control.horizon)
         self.skips = skips_zero_advantage(config)
+        correction, actor = algorithm.rollout_correction, config.actor_rollout_ref.actor
+        self._has_ratio = actor.policy_loss == "ppo_clip" or correction.rollout_is is not None
 
     def learn(self, rollouts: Sequence[Rollout], label: str) -> Learned:
         """Take all optimizer steps of one rollout batch. Collective; `label` begins the lines of the log."""
@@ -61,11 +66,15 @@ class Learner:
         if self.skips:
             parts = [[row for row in part if any(row.advantages)] for part in parts]
         trained = [row for part in parts for row in part]
-        self._score(trained, num_updates=len(parts) * actor.ppo_epochs)
+        self._add_logprobs(trained, num_updates=sum(bool(part) for part in parts) * actor.ppo_epochs)
         updates = [self._update(part, label) for part in parts * actor.ppo_epochs if part]
         if len(updates) < len(parts) * actor.ppo_epochs:
             left = len(parts) * actor.ppo_epochs - len(updates)
             self.say(f"{label}: {left} update(s) left out: every advantage in them is 0")
+        if self.estimator.name == "reward_softmax":
+            rewards = [[sample.reward for sample in rollout.samples] for rollout in rollouts]
+            temperature = self.config.algorithm.reward_softmax_temperature
+            metrics["advantage/effective_sample_size"] = effective_sample_size(rewards, temperature)
         return Learned(rows, updates, metrics | _left_out(rows, trained, updates))
 
     def _put_kl_in_reward(self, rows: list[Row]) -> dict[str, float]:
@@ -91,13 +100,13 @@ class Learner:
         self.kl.update(mean, len(rows))
         return metrics
 
-    def _score(self, rows: list[Row], num_updates: int) -> None:
-        """Give `rows` the log-probabilities their update needs; with one update every ratio is 1 and none are."""
+    def _add_logprobs(self, rows: list[Row], num_updates: int) -> None:
+        """Give `rows` the log-probabilities their updates need: the old ones where a ratio can differ from 1."""
         actor = self.config.actor_rollout_ref.actor
         if self.config.algorithm.rollout_correction.bypass_old_logprobs:
             for row in rows:
                 row.old_logprobs = row.rollout_logprobs
-        elif num_updates == 1:
+        elif num_updates <= 1 or not self._has_ratio:
             for row in rows:
                 row.old_logprobs = None
         elif any(row.old_logprobs is None for row in rows):

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,9 +67,12 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
     device = init_distributed(config.trainer.device, config.trainer.collective_timeout_s)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         cpu_platform.remove_dead_shared_memory()
-    with ends_all_ranks(cleanup=cpu_platform.remove_own_shared_memory):
+    cleanups: list[Callable[[], None]] = [cpu_platform.remove_own_shared_memory]
+    with ends_all_ranks(cleanup=lambda: [cleanup() for cleanup in cleanups]):
         _check_agreement(config, inputs)
         trainer = _build(config, facts, inputs, device, is_first)
+        if trainer.collector.pool is not None:
+            cleanups.append(trainer.collector.pool.close)
         try:
             trainer.train()
         except CanaryError:

@@ -1,4 +1,4 @@
-"""The training loop: ReMax (arXiv 2310.10505) as in the paper, and nothing else.
+"""The training loop: answer, score, learn, sync (ReMax, arXiv 2310.10505), and nothing else.
 
 Every rank runs it with the same arguments. Building the parts, starting and ending a run is run.py.
 """

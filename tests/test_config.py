@@ -416,6 +416,10 @@ BROKEN = {
         ["algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.kl_coef=0"],
         ["kl_coef=0 stays 0", "above 0"],
     ),
+    "share by varlen": (
+        [f"{ACTOR}.share_prompts=True", f"{MEGATRON}.attention_backend=varlen"],
+        ["share_prompts=True", "attention_backend=varlen", "attention_backend=auto"],
+    ),
     "failure share": (["reward.max_failure_share=1.5"], ["max_failure_share=1.5", "between 0 and 1"]),
     "share by rows": (
         [f"{ACTOR}.share_prompts=True", f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"],

@@ -292,11 +292,7 @@ def test_a_bare_checkpoint_needs_a_template(tmp_path: Path, capsys: pytest.Captu
     assert megatron_to_hf.main(["--megatron", str(bare), "--output", str(tmp_path / "hf-1")]) == 2
     assert "--hf-template" in capsys.readouterr().err and not (tmp_path / "hf-1").exists()
     returned = back(bare, tmp_path / "hf-1", "--hf-template", str(source))
-    assert same_tensors(load(returned), load(source))
-    side = {name: digest for name, digest in contents(source).items() if "safetensors" not in name}
-    after = contents(returned)
-    assert after.keys() == side.keys() | {"model.safetensors", "manifest.json"}
-    assert {name: after[name] for name in side} == side
+    check_same_files(source, returned)
 
 
 @pytest.mark.parametrize("num_files", [1, 3])
@@ -525,10 +521,10 @@ def test_small_files_of_the_checkpoint(tmp_path: Path) -> None:
     }
     common = torch.load(folder / "common.pt", weights_only=True)
     assert common["iteration"] == 0 and common["checkpoint_version"] == 3.0
-    names = {"latest_checkpointed_iteration.txt", "manifest.json", "config.json", "iter_0000000"}
+    names = {"latest_checkpointed_iteration.txt", "config.json", "iter_0000000"}
     assert {path.name for path in megatron.iterdir()} == names | SIDE_FILES.keys()
     assert all((megatron / name).read_bytes() == data for name, data in SIDE_FILES.items())
-    inside = {"__0_0.distcp", ".metadata", "metadata.json", "common.pt"}
+    inside = {"__0_0.distcp", ".metadata", "metadata.json", "common.pt", "manifest.json"}
     assert {path.name for path in folder.iterdir()} == inside
 
 
@@ -685,7 +681,7 @@ def test_padding_is_not_compared(models: Path, tmp_path: Path) -> None:
 def test_manifest(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load(models / "source")
     for kind in ("hf", "megatron"):
-        content = json.loads((models / kind / "manifest.json").read_text())
+        content = json.loads(next((models / kind).rglob("manifest.json")).read_text())
         assert content["digest"] == "xxh3_128"
         assert content["tensors"] == {
             name: {
@@ -989,3 +985,18 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)  # pytest would keep 2 GB
+
+
+def test_logits_show_a_wrong_weight_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both directions of the converters use the table, and so does every digest; `--logits` does not."""
+    source = make_qwen2(tmp_path / "source", tied=False)
+
+    def swapped(entry, parts, *args):  # up before gate
+        names = entry.hf_names[::-1] if entry.kind == "gate_up" else entry.hf_names
+        mixed = {name: parts[other] for name, other in zip(entry.hf_names, names, strict=True)}
+        return to_megatron(entry, mixed, *args)
+
+    monkeypatch.setattr("remax_megatron.model.weight_table.to_megatron", swapped)
+    hf_to_megatron.convert(source, tmp_path / "megatron")
+    assert verify.compare(source, tmp_path / "megatron").differences == []
+    assert logits.max_logit_difference(source, tmp_path / "megatron") > 1e-3

@@ -313,7 +313,7 @@ def layout(file: str = SINGLE, **norm: object) -> Damage:
         head[NORM] |= norm
         manifest["hf_files"] = {file: json.dumps(head)}
 
-    return lambda folder: change_json(folder / "manifest.json", change)
+    return lambda folder: change_json(folder / "iter_0000000" / "manifest.json", change)
 
 
 MANIFEST = ["manifest.json", "remove it"]
@@ -345,8 +345,8 @@ MEGATRON_DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "no config": (without("config.json"), ["no config.json", "--hf-template"]),
     "backend: other": (text(BACKEND, '{"sharded_backend": "zarr"}'), ["'zarr'", "torch_dist"]),
     "backend: gone": (without(BACKEND), ["metadata.json"]),
-    "manifest: cut": (lambda folder: shorten(folder, "manifest.json"), ["damaged", *MANIFEST]),
-    "manifest: list": (text("manifest.json", "[]"), ["damaged", *MANIFEST]),
+    "manifest: cut": (lambda folder: shorten(folder, "iter_0000000/manifest.json"), ["damaged", *MANIFEST]),
+    "manifest: list": (text("iter_0000000/manifest.json", "[]"), ["damaged", *MANIFEST]),
     "manifest: overlap": (layout(data_offsets=[0, 512]), MANIFEST),
     "manifest: before the file": (layout(data_offsets=[-600, -88]), MANIFEST),
     "manifest: outside": (layout("../elsewhere.safetensors"), MANIFEST),

@@ -94,6 +94,9 @@ ANSWERS = [
 ]
 
 
+SOUND = {f"val/reward/{outcome}_share": 0.0 for outcome in ("error", "timeout", "crash")}
+
+
 def test_metrics_of_four_answers_by_hand() -> None:
     assert validation_metrics(PROMPTS, ANSWERS) == {
         "val/accuracy": 3.5 / 12,
@@ -110,6 +113,7 @@ def test_metrics_of_four_answers_by_hand() -> None:
         "val/mean_tokens": 28 / 12,
         "val/truncated_share": 1 / 12,
         "val/num_prompts": 3,
+        **SOUND,
     }
 
 
@@ -122,6 +126,7 @@ def test_metrics_of_one_answer() -> None:
         "val/mean_tokens": 2.0,
         "val/truncated_share": 0.0,
         "val/num_prompts": 2,
+        **SOUND,
     }
 
 
@@ -157,12 +162,15 @@ class Collector:
         self.sizes.append(len(prompts))
         return [ANSWERS[prompt.index] for prompt in prompts]
 
+    def check_rewards(self, answers):
+        self.checked = len(answers)
+
 
 def test_answers_are_written_one_per_line_and_whole(tmp_path) -> None:
     collector = Collector()
     metrics = validate(collector, PROMPTS, step=3, batch_size=2, dump_dir=str(tmp_path / "new"))
     assert metrics == validation_metrics(PROMPTS, ANSWERS)
-    assert collector.sizes == [2, 1]
+    assert collector.sizes == [2, 1] and collector.checked == 12  # once, over all of them
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["3.jsonl"]
     lines = [json.loads(line) for line in (tmp_path / "new" / "3.jsonl").read_text().splitlines()]
     assert [line["index"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 4
@@ -173,6 +181,7 @@ def test_answers_are_written_one_per_line_and_whole(tmp_path) -> None:
         "data_source": "a",
         "ground_truth": "4",
         "answer": "",
+        "reward_outcome": "ok",
         "reward": 0.0,
         "finished": False,
         "num_tokens": 6,

@@ -67,7 +67,7 @@ def disagreeing_worker(_payload) -> str:
 
     init_distributed("cpu", 60)
     prompts = PromptDataset([Prompt(0, (5, 6), "word_problems", "1")], num_rows=1)
-    inputs = Inputs("", None, [1], prompts, None, lambda *_: 0.0)
+    inputs = Inputs("", None, [1], prompts, None)
     _check_agreement(load_config("demo", ["trainer.seed=7"]).config, inputs)  # the same on both: passes
     try:
         _check_agreement(load_config("demo", [f"trainer.seed={dist.get_rank()}"]).config, inputs)

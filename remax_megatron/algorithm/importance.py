@@ -17,7 +17,7 @@ log-probabilities, that ratio is already the importance weight: use none of thes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,18 +39,6 @@ class ImportanceStats:
     total_cut_squared: float = 0.0
     largest: float = 0.0
     num_truncated: int = 0
-
-    @classmethod
-    def together(cls, parts: Iterable[ImportanceStats]) -> ImportanceStats:
-        parts = list(parts)
-        return cls(
-            count=sum(part.count for part in parts),
-            total=sum(part.total for part in parts),
-            total_cut=sum(part.total_cut for part in parts),
-            total_cut_squared=sum(part.total_cut_squared for part in parts),
-            largest=max((part.largest for part in parts), default=0.0),
-            num_truncated=sum(part.num_truncated for part in parts),
-        )
 
     def metrics(self) -> dict[str, float]:
         """Mean and maximum before the cut (the mean is 1 in expectation), the share that was cut, and the effective

@@ -1,8 +1,8 @@
 """Log-probabilities, entropies and exact KL at scored positions from hidden states, the vocabulary cut between ranks.
 
 The logits exist tile by tile, some rows of hidden states times some rows of the head, forward and again backward, in
-scratch memory that all tiles share: `head_logprob` needs about 6 tiles whatever the number of tokens, and while it
-goes back the gradient of the hidden states in float32 (4 H bytes per token; the logits it replaces have 4 V / TP).
+scratch memory that all tiles share: `head_logprob` needs about 60 MiB on a CPU (H 896) whatever the number of tokens,
+and for its backward pass the gradient of the hidden states in float32: 4 H bytes per token, where logits have 4 V / TP.
 
 Order of the tiles: the rows of the head outside, positions inside. Each row of the head then gets its whole gradient
 in one go, summed in float32 and kept in the head's dtype, so that no float32 [V/TP, H] is ever held; and the ranks meet
@@ -17,6 +17,8 @@ PyTorch (2.13: `aten::mm.dtype` is missing there, and one with a bfloat16 result
   backward  bfloat16 operands, with log z appended to the inner dimension in three bfloat16 parts against ones: the sum
             that is rounded is then log p itself, not a logit. p errs by p |log p| 2^-9, at most 0.4 x 2^-9: no more
             than the rounding to bfloat16 that the gradient of the logits goes through anyway.
+
+The backward pass of the KL takes float32 logits: the difference of two rounded log-probabilities would be noise.
 
 Nothing of a backward pass can be done ahead in the forward one: the gradient of the head mixes positions by factors
 that the loss gives later. So there are 4 products where full logits, kept, need 3.

@@ -34,7 +34,8 @@ ROLLOUT = "actor_rollout_ref.rollout"
 
 DATA_SUFFIXES = (".parquet", ".json", ".jsonl")
 DTYPES = ("bfloat16", "float32")
-KL_KINDS = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "full")
+_SAMPLED_KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+KL_KINDS = (*_SAMPLED_KL, "full", *(f"{name}+" for name in _SAMPLED_KL))
 
 # key -> (legal values, why not another one)
 CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -339,6 +340,12 @@ def kl_controller_can_move(setup: Setup) -> None:
 
 
 def shared_prompts_are_packed_by_tokens(setup: Setup) -> None:
+    backend = setup.megatron.attention_backend
+    if setup.actor.share_prompts and backend not in ("auto", "flex", "sdpa"):
+        raise ConfigError(
+            f"{ACTOR}.share_prompts=True cannot be computed by {MEGATRON}.attention_backend={backend}; set"
+            f" attention_backend=auto"
+        )
     if setup.actor.share_prompts and not setup.actor.use_dynamic_bsz:
         raise ConfigError(
             f"{ACTOR}.share_prompts=True needs {ACTOR}.use_dynamic_bsz=True, which keeps the answers to a prompt"
@@ -659,6 +666,12 @@ def kl_numbers_without_kl(setup: Setup) -> Iterator[str]:
                 yield f"{key}={value} has no effect: {switch}=False"
 
 
+def reinforce_has_no_ratio(setup: Setup) -> Iterator[str]:
+    updates = setup.config.data.train_batch_size // setup.mini_batch * setup.actor.ppo_epochs
+    if setup.actor.policy_loss == "reinforce" and updates > 1:
+        yield f"{ACTOR}.policy_loss=reinforce makes {updates} updates per batch, all but the first off-policy"
+
+
 def settings_of_the_other_device(setup: Setup) -> Iterator[str]:
     default = Config()
     on_cpu = expects_cpu(setup.config)
@@ -754,6 +767,7 @@ REMARKS: tuple[Callable[[Setup], Iterator[str]], ...] = (
     param_offload_on_gpu,
     reference_offload,
     kl_numbers_without_kl,
+    reinforce_has_no_ratio,
     settings_of_the_other_device,
     greedy_validation_temperature,
     critic_warmup,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -44,6 +45,9 @@ def _positive(text: str) -> int:
 def run_command(command: Command, argv: list[str] | None, body: Callable[[argparse.Namespace], int]) -> int:
     """Parse, run, and turn a UserError into one line on standard error; returns the exit code."""
     options = command.parse_args(argv)
+    for name, value in vars(options).items():  # a shell leaves the ~ of --hf=~/model to us
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(options, name, os.path.expanduser(value))
     try:
         return body(options)
     except UserError as error:

@@ -6,6 +6,7 @@ compared, and the rest is done. Bytes go from map to file in blocks that stay in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
@@ -37,15 +38,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker writes in one go. Parts of a tensor appear in the tensor's own order, in one job only."""
+    """What one worker writes in one go. Parts of a tensor appear in the tensor's own order, in one job only.
+
+    `num_bytes` are those read. `pieces` is called when the job runs: a tensor that Megatron has cut into columns is
+    made of hundreds of thousands of stretches.
+    """
 
     name: str
     file: str
-    pieces: list[Piece]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(extent.num_bytes for piece in self.pieces for _, extent in piece.parts)
+    num_bytes: int
+    pieces: Callable[[], list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Report:
         )
 
 
+def default_workers() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
 def peak_gib() -> float:
     """Largest resident memory of this process so far, in GiB, files mapped into it included."""
     status = Path("/proc/self/status").read_text()
@@ -103,6 +109,7 @@ def write_folder(
     files: Sequence[OutputFile],
     jobs: Sequence[Job],
     *,
+    inputs: Iterable[Path],
     started: float,
     finish: Callable[[Path, dict[str, str]], None],
     cast: Cast | None = None,
@@ -112,18 +119,18 @@ def write_folder(
 ) -> Report:
     """Write `files` in the new folder `output`; `finish(folder, digests)` then adds the small files.
 
-    `started` is when the conversion began (time.perf_counter), for the report.
+    `inputs` are the files that are read; `started` is when the conversion began (time.perf_counter), for the report.
 
     ConversionError when `output` exists or cannot be written, the disk is full, or an interrupted conversion to
     `output` was left behind (without `resume`) or was started from other input (with it).
     """
     output = Path(output)
     size = sum(file.num_bytes for file in files)
-    with partial_folder(output, size, _fingerprint(jobs, cast), resume) as (partial, journal):
+    with partial_folder(output, size, _fingerprint(inputs, jobs, cast), resume) as (partial, journal):
         writer = _Writer(partial, files, cast)
         try:
             writer.write_literals()
-            digests = _run(writer, jobs, journal, workers or min(8, os.cpu_count() or 1), title)
+            digests = _run(writer, jobs, journal, workers or default_workers(), title)
             writer.sync()
         finally:
             writer.close()
@@ -152,7 +159,7 @@ class _Writer:
     def write(self, job: Job, progress: Callable[[int], object]) -> dict[str, str]:
         """Copy the job's bytes; returns the digest of every tensor written."""
         states: dict[str, xxhash.xxh3_128] = {}
-        for piece in job.pieces:
+        for piece in job.pieces():
             for _, extent in piece.parts:
                 self.maps.prefetch(extent)
             offset = piece.offset
@@ -179,7 +186,7 @@ class _Writer:
         """The digests of what the job wrote, from the file."""
         states: dict[str, xxhash.xxh3_128] = {}
         ratio = self.cast.target.itemsize / self.cast.source.itemsize if self.cast else 1
-        for piece in job.pieces:
+        for piece in job.pieces():
             offset = piece.offset
             for name, extent in piece.parts:
                 end = offset + int(extent.num_bytes * ratio)
@@ -194,6 +201,8 @@ class _Writer:
             os.fsync(handle)
 
     def close(self) -> None:
+        with contextlib.suppress(BufferError):  # an exception on its way out still holds a view
+            self.maps.close()
         for handle in self.handles.values():
             os.close(handle)
 
@@ -246,14 +255,12 @@ def _run(writer: _Writer, jobs: Sequence[Job], journal: Journal, workers: int, t
     return digests
 
 
-def _fingerprint(jobs: Sequence[Job], cast: Cast | None) -> str:
+def _fingerprint(inputs: Iterable[Path], jobs: Sequence[Job], cast: Cast | None) -> str:
     """Changes with the input files (size, time of change), the plan of what goes where, and the cast."""
     state = hashlib.sha256(repr(cast).encode())
-    paths = set()
     for job in jobs:
-        state.update(repr(job).encode())
-        paths |= {extent.path for piece in job.pieces for _, extent in piece.parts}
-    for path in sorted(paths):
+        state.update(repr((job.name, job.file, job.num_bytes)).encode())
+    for path in sorted(inputs):
         stat = os.stat(path)
-        state.update(repr((path, stat.st_size, stat.st_mtime_ns)).encode())
+        state.update(repr((str(path), stat.st_size, stat.st_mtime_ns)).encode())
     return state.hexdigest()

@@ -32,7 +32,7 @@ from remax_megatron.convert.torch_dist_writer import (
     metadata,
     object_item,
 )
-from remax_megatron.model.hf_folder import INDEX, HfWeights, check_folder, expected_shapes, side_files
+from remax_megatron.model.hf_folder import INDEX, HfLayout, HfWeights, check_folder, expected_shapes, side_files
 from remax_megatron.model.megatron_folder import TRACKER
 from remax_megatron.model.torch_dist import saved_key
 from remax_megatron.model.weight_table import RowRun, WeightEntry, padded_vocab_size, row_runs, weight_table
@@ -76,20 +76,21 @@ def convert(
         for name, content in common_files().items():
             (checkpoint / name).write_bytes(content)
         (checkpoint / ".metadata").write_bytes(metadata(plan.items, plan.objects, target))
-        for name, content in side_files(hf, target).items():
+        for name, content in side_files(hf, target if target != source_dtype else None).items():
             (folder / name).write_bytes(content)
         more: dict[str, Any] = {}
-        if target == source_dtype and weights.names == set(shapes):
+        if target == source_dtype and weights.names == set(shapes) and HfLayout(weights.files, None).is_sound():
             index = hf / INDEX
             more["hf_files"] = {name: file.header for name, file in weights.files.items()}
             more["hf_index"] = index.read_bytes().decode() if index.exists() else None
-        write_manifest(folder, shapes, target, digests, **more)
+        write_manifest(checkpoint, shapes, target, digests, **more)
         (folder / TRACKER).write_text("0\n")
 
     return write_folder(
         output,
         plan.files,
         plan.jobs,
+        inputs=[hf / name for name in weights.files],
         started=started,
         finish=finish,
         cast=None if target == source_dtype else Cast(source_dtype, target),
@@ -145,7 +146,6 @@ class _Plan:
                     shape,
                     self._in_checkpoint(),
                     start,
-                    data,
                     end,
                 )
             )
@@ -156,7 +156,8 @@ class _Plan:
             ]
             if parts:  # a chunk of nothing but padding stays a hole of zeros
                 pieces.append(Piece(data, parts))
-        return Job(f"{entry.layer}:{entry.megatron_name}", self._name, pieces)
+        num_bytes = sum(extent.num_bytes for piece in pieces for _, extent in piece.parts)
+        return Job(f"{entry.layer}:{entry.megatron_name}", self._name, num_bytes, lambda: pieces)
 
     def _reserve(self, num_bytes: int) -> int:
         start = -(-self._size // ITEM_ALIGNMENT) * ITEM_ALIGNMENT

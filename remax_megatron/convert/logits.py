@@ -1,6 +1,8 @@
 """The logits of a checkpoint of either kind, computed by transformers' own layers, one layer in memory at a time.
 
-Float32 throughout. The embedding is read row by row, the head in blocks of rows.
+Float32 throughout. The embedding is read row by row, the head in blocks of rows. Of a Megatron checkpoint the fused
+tensors are read as they are stored and taken apart here, by Megatron's definition of them and not by the weight table,
+so that an error of the table, which both directions of the converters share, would show.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from remax_megatron.convert.verify import open_model
 from remax_megatron.model.hf_folder import HF_EMBEDDING, HF_HEAD, FolderError, HfWeights
-from remax_megatron.model.mapped import MappedFiles
+from remax_megatron.model.mapped import Extent, MappedFiles
 from remax_megatron.model.megatron_folder import MegatronWeights, model_folder
 
 HEAD_ROWS = 8192  # rows of the head that are multiplied at once
@@ -46,11 +48,14 @@ class StreamedModel:
 
     def _rows(self, name: str, row: int, num_rows: int) -> Tensor:
         """[num_rows, H] in float32."""
+        return self._read(self.weights.extents(name, row, num_rows), num_rows)
+
+    def _read(self, extents: list[Extent], num_rows: int) -> Tensor:
         data = bytearray()
-        for extent in self.weights.extents(name, row, num_rows):
+        for extent in extents:
             data += self._maps.read(extent)
             self._maps.release(extent)
-        return torch.frombuffer(data, dtype=self.weights.dtype(name)).reshape(num_rows, -1).float()
+        return torch.frombuffer(data, dtype=self.weights.dtype(HF_EMBEDDING)).reshape(num_rows, -1).float()
 
     @torch.no_grad()
     def logits(self, prompts: list[list[int]]) -> list[Tensor]:
@@ -64,14 +69,13 @@ class StreamedModel:
         with torch.device("meta"):
             layer, norm = Qwen2DecoderLayer(self.config, 0), Qwen2RMSNorm(facts.hidden_size, facts.rms_norm_eps)
         for number in tqdm(range(facts.num_layers), desc=f"layers of {self.folder}", file=sys.stderr):
-            prefix = f"model.layers.{number}."
-            self._load(layer, prefix)
+            layer.load_state_dict(self._layer(number), assign=True)
             for i, states in enumerate(hidden):
                 # Without a mask transformers' attention is causal; every prompt is a batch of its own.
                 out = layer(states, attention_mask=None, position_ids=positions[i], position_embeddings=rotations[i])
                 hidden[i] = out[0] if isinstance(out, tuple) else out
             layer.to("meta")
-        self._load(norm, "model.norm.")
+        norm.load_state_dict({"weight": self._rows("model.norm.weight", 0, facts.hidden_size).flatten()}, assign=True)
         head = HF_EMBEDDING if facts.tied_embeddings else HF_HEAD
         last = [norm(states)[0] for states in hidden]
         parts: list[list[Tensor]] = [[] for _ in prompts]
@@ -81,14 +85,42 @@ class StreamedModel:
                 mine.append(states @ rows.T)
         return [torch.cat(mine, dim=1) for mine in parts]
 
-    def _load(self, module: torch.nn.Module, prefix: str) -> None:
-        """Give `module` its weights; those it had are forgotten first."""
-        module.to("meta")
-        tensors = {}
-        for name in module.state_dict():
-            rows = self.weights.shape(prefix + name)
-            tensors[name] = self._rows(prefix + name, 0, rows[0]).reshape(rows)
-        module.load_state_dict(tensors, assign=True)
+    def _layer(self, number: int) -> dict[str, Tensor]:
+        """The weights of one layer under transformers' names."""
+        if isinstance(self.weights, MegatronWeights):
+            return self._fused_layer(self.weights, number)
+        prefix = f"model.layers.{number}."
+        names = [name for name in self.weights.names if name.startswith(prefix)]
+        shapes = {name: self.weights.shape(name) for name in names}
+        return {n.removeprefix(prefix): self._rows(n, 0, shape[0]).reshape(shape) for n, shape in shapes.items()}
+
+    def _fused_layer(self, weights: MegatronWeights, number: int) -> dict[str, Tensor]:
+        """linear_qkv: for each KV head its query heads, its key, its value; linear_fc1: gate, then up."""
+        facts = self.facts
+        attention, per_group = "self_attention", facts.num_attention_heads // facts.num_key_value_heads
+
+        def stored(name: str, num_rows: int) -> Tensor:
+            return self._read(weights.fused_rows(f"decoder.layers.{name}", number, 0, num_rows), num_rows)
+
+        found = {
+            "input_layernorm.weight": stored(f"{attention}.linear_qkv.layer_norm_weight", facts.hidden_size).flatten(),
+            "post_attention_layernorm.weight": stored("mlp.linear_fc1.layer_norm_weight", facts.hidden_size).flatten(),
+            "self_attn.o_proj.weight": stored(f"{attention}.linear_proj.weight", facts.hidden_size),
+            "mlp.down_proj.weight": stored("mlp.linear_fc2.weight", facts.hidden_size),
+        }
+        fc1 = stored("mlp.linear_fc1.weight", 2 * facts.ffn_hidden_size)
+        found["mlp.gate_proj.weight"], found["mlp.up_proj.weight"] = fc1[: len(fc1) // 2], fc1[len(fc1) // 2 :]
+        head_rows = facts.num_key_value_heads * (per_group + 2) * facts.head_dim
+        for what in ("weight", "bias"):
+            heads = stored(f"{attention}.linear_qkv.{what}", head_rows).split(facts.head_dim)
+            parts: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
+            for i, head in enumerate(heads):
+                place = i % (per_group + 2)
+                parts["q" if place < per_group else "k" if place == per_group else "v"].append(head)
+            for name, some in parts.items():
+                whole = torch.cat(some)
+                found[f"self_attn.{name}_proj.{what}"] = whole.flatten() if what == "bias" else whole
+        return found
 
 
 def prompt_ids(folder: str | Path, vocab_size: int) -> list[list[int]]:
@@ -99,7 +131,10 @@ def prompt_ids(folder: str | Path, vocab_size: int) -> list[list[int]]:
         return torch.randint(vocab_size, (len(PROMPTS), NUM_IDS), generator=generator).tolist()
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # what damaged tokenizer files raise
+        raise FolderError(f"{folder}: the tokenizer cannot be read: {error}") from error
     return [ids for ids in (tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS) if ids]
 
 

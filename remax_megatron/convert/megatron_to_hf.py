@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import Command, run_command
@@ -22,7 +25,7 @@ from remax_megatron.convert.copying import Job, OutputFile, Piece, Report, write
 from remax_megatron.convert.manifest import check_digests, recorded_layout, write_manifest
 from remax_megatron.convert.partial_folder import ConversionError
 from remax_megatron.model.hf_folder import DTYPE_NAMES, INDEX, MAX_SHARD_BYTES, HfLayout, expected_shapes, side_files
-from remax_megatron.model.megatron_folder import MegatronWeights, is_megatron_folder, model_folder
+from remax_megatron.model.megatron_folder import MegatronWeights, is_megatron_folder, model_folder, weights_folder
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -57,6 +60,7 @@ def convert(
         )
     facts = ModelFacts.from_folder(template, setting="--megatron" if hf_template is None else "--hf-template")
     weights = MegatronWeights(megatron, facts)
+    weights.check_items()
     shapes = expected_shapes(facts)
     stored = {weights.dtype(name) for name in shapes}
     if len(stored) > 1 or not stored <= DTYPE_NAMES.keys():
@@ -65,16 +69,17 @@ def convert(
             f"{', '.join(map(str, DTYPE_NAMES))} for all"
         )
     (dtype,) = stored
-    layout = None if max_shard_bytes else recorded_layout(model_folder(megatron), shapes, dtype)
+    layout = None if max_shard_bytes else recorded_layout(weights_folder(megatron), shapes, dtype)
     layout = layout or HfLayout.planned(facts, dtype, max_shard_bytes or MAX_SHARD_BYTES)
     files = [OutputFile(name, file.num_bytes, [(0, file.head)]) for name, file in layout.files.items()]
     jobs = []
     for name in shapes:
         file, offset = layout.place(name)
-        jobs.append(Job(name, file, [Piece(offset, [(name, extent) for extent in weights.extents(name)])]))
+        size = torch.Size(shapes[name]).numel() * dtype.itemsize
+        jobs.append(Job(name, file, size, partial(_piece, weights, name, offset)))
 
     def finish(folder: Path, digests: dict[str, str]) -> None:
-        check_digests(model_folder(megatron), digests)
+        check_digests(weights_folder(megatron), digests)
         for name, content in side_files(template, dtype).items():
             (folder / name).write_bytes(content)
         if layout.index is not None:
@@ -85,12 +90,17 @@ def convert(
         output,
         files,
         jobs,
+        inputs=weights.files,
         started=started,
         finish=finish,
         workers=workers,
         resume=resume,
         title="Megatron -> Hugging Face",
     )
+
+
+def _piece(weights: MegatronWeights, name: str, offset: int) -> list[Piece]:
+    return [Piece(offset, [(name, extent) for extent in weights.extents(name)])]
 
 
 def shard_size(text: str) -> int:

@@ -58,8 +58,8 @@ def partial_folder(output: Path, num_bytes: int, fingerprint: str, resume: bool)
     made: list[Path] = []  # parents of the output that are new, the innermost first
     try:
         if os.path.lexists(partial) and not resume:
-            with contextlib.suppress(FileNotFoundError), open(partial / JOURNAL, "a") as file:
-                _lock(file, output)
+            with contextlib.suppress(NotADirectoryError), _locked(partial, output):
+                pass
             raise ConversionError(
                 f"an interrupted conversion to {output} lies in {partial}; add --resume to go on with it, or delete it"
             )
@@ -75,21 +75,21 @@ def partial_folder(output: Path, num_bytes: int, fingerprint: str, resume: bool)
                 "make room, or write somewhere else"
             )
         partial.mkdir(exist_ok=True)
-        file = open(partial / JOURNAL, "a+", encoding="utf-8", errors="replace")  # noqa: SIM115
     except OSError as error:
         _remove_empty(made)
         raise ConversionError(
             f"--output {output} cannot be written: {error.strerror}: {error.filename}; choose another place"
         ) from error
     try:
-        _lock(file, output)
-        yield partial, Journal(file, _read(file, fingerprint, output))
-        (partial / JOURNAL).unlink()
-        for path in (partial, *partial.rglob("*")):
-            _fsync(path)
-        _refuse_existing(output)
-        os.rename(partial, output)
-        _fsync(output.parent)
+        with _locked(partial, output):
+            with open(partial / JOURNAL, "a+", encoding="utf-8", errors="replace") as file:
+                yield partial, Journal(file, _read(file, fingerprint, output))
+            (partial / JOURNAL).unlink()
+            for path in (partial, *partial.rglob("*")):
+                _fsync(path)
+            _refuse_existing(output)
+            os.rename(partial, output)
+            _fsync(output.parent)
     except KeyboardInterrupt:
         print(f"interrupted; --resume goes on with what is in {partial}", file=sys.stderr)
         raise
@@ -104,8 +104,6 @@ def partial_folder(output: Path, num_bytes: int, fingerprint: str, resume: bool)
             message = f"--output {output}: the disk is full; free {num_bytes / 1e9:.2f} GB, or write somewhere else"
             raise ConversionError(message) from error
         raise ConversionError(f"--output {output}: {error}") from error
-    finally:
-        file.close()
 
 
 def _read(file: TextIO, fingerprint: str, output: Path) -> dict[str, dict[str, str]]:
@@ -128,11 +126,21 @@ def _read(file: TextIO, fingerprint: str, output: Path) -> dict[str, dict[str, s
     return {line["job"]: line["digests"] for line in lines[1:] if "job" in line}
 
 
-def _lock(file: TextIO, output: Path) -> None:
+@contextlib.contextmanager
+def _locked(partial: Path, output: Path) -> Iterator[None]:
+    """This process alone works in the folder `partial`, which is still the one of that name."""
+    handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise _LeaveAlone(f"another process is converting to {output}; wait for it, or choose another") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            renamed = os.fstat(handle).st_ino != os.stat(partial).st_ino
+        except OSError as error:
+            raise _LeaveAlone(f"another process is converting to {output}; wait for it, or choose another") from error
+        if renamed:
+            raise _LeaveAlone(f"another process has just finished {output}; choose another")
+        yield
+    finally:
+        os.close(handle)
 
 
 def _refuse_existing(output: Path) -> None:

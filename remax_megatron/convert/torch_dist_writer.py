@@ -41,7 +41,7 @@ def extra_state_keys(num_layers: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Item:
-    """One chunk of the tensor `key` and where it is written: bytes `start` to `end` of `file`, data at `data`."""
+    """One chunk of the tensor `key` and where it is written: bytes `start` to `end` of `file`."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -49,7 +49,6 @@ class Item:
     shape: tuple[int, ...]
     file: str
     start: int
-    data: int
     end: int
 
 

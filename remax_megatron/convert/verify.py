@@ -25,11 +25,11 @@ from tqdm import tqdm
 from remax_megatron.atomic import replacing
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import EXIT_DIFFERENT, Command, run_command
-from remax_megatron.convert.copying import BLOCK_BYTES, digest, peak_gib
+from remax_megatron.convert.copying import BLOCK_BYTES, default_workers, digest, peak_gib
 from remax_megatron.convert.manifest import MANIFEST, read_manifest
 from remax_megatron.model.hf_folder import FolderError, HfWeights, expected_shapes
 from remax_megatron.model.mapped import MappedFiles, blocks
-from remax_megatron.model.megatron_folder import MegatronWeights, model_folder, open_weights
+from remax_megatron.model.megatron_folder import MegatronWeights, model_folder, open_weights, weights_folder
 
 SHOWN = 10  # differences that are printed one by one
 
@@ -84,7 +84,7 @@ def read_tensors(folder: str | Path, workers: int | None = None) -> dict[str, Te
             except OSError as error:
                 raise FolderError(f"{folder}: {name} cannot be read: {error}") from error
 
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers or default_workers()) as pool:
             return dict(zip(shapes, pool.map(read, shapes), strict=True))
 
 
@@ -93,11 +93,13 @@ def compare(a: str | Path, b: str | Path | None = None, *, workers: int | None =
     found = {str(folder): read_tensors(folder, workers) for folder in (a, b) if folder is not None}
     verdict = Verdict(found[str(a)])
     for folder, tensors in found.items():
-        manifest = read_manifest(model_folder(folder))
+        manifest = read_manifest(weights_folder(folder))
         if manifest is None and b is None:
             raise FolderError(f"{folder} has no {MANIFEST} to be compared with; name a second folder")
-        for name, entry in (manifest or {"tensors": {}})["tensors"].items():
-            if name in tensors and tensors[name].digest != entry["digest"]:
+        said = {} if manifest is None else manifest["tensors"]
+        for name in said.keys() | tensors.keys() if manifest is not None else ():
+            is_there = {} if name not in tensors else asdict(tensors[name])
+            if json.loads(json.dumps(is_there)) != said.get(name):
                 verdict.differences.append(f"{name}: {folder} is not what its {MANIFEST} says")
     if b is not None:
         mine, other = found[str(a)], found[str(b)]

@@ -4,7 +4,7 @@ Query, key and value arrive as [T, heads, head_dim] with `PackedSeqParams` (THD)
 
     transformer_engine  GPU; Megatron's TEDotProductAttention
     varlen              GPU without Transformer Engine; torch.nn.attention.varlen (torch >= 2.11)
-    flex                torch's flex attention: compiled on a GPU, slow elsewhere
+    flex                GPU; torch's flex attention, compiled
     sdpa                anywhere; scaled-dot-product attention per row, the reference the tests compare with
 
 Shared prompts (`SharedPromptParams`): the answers to one prompt stand behind it, and each sees the prompt and itself.
@@ -126,16 +126,9 @@ class FlexAttention(_PackedAttention):
     """torch's flex attention under a mask made from the segments; compiled on CUDA. arXiv 2412.05496."""
 
     def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        segment_T, answer_T = _labels(_segments(packed), query_TND.device)
-
-        def sees(batch, head, q, kv):
-            mine = (answer_T[kv] == 0) | (answer_T[kv] == answer_T[q])
-            return (segment_T[q] == segment_T[kv]) & (kv <= q) & mine
-
-        total = query_TND.shape[0]
-        mask = create_block_mask(sees, B=None, H=None, Q_LEN=total, KV_LEN=total, device=query_TND.device)
+        mask = getattr(packed, "block_mask", None)  # the same in every layer
+        if mask is None:
+            mask = packed.block_mask = _block_mask(_segments(packed), query_TND.shape[0], query_TND.device)
         out = _flex_attention(query_TND.is_cuda)(
             *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query_TND, key_TKD, value_TKD)),
             block_mask=mask,
@@ -150,6 +143,19 @@ def _flex_attention(compiled: bool):
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+def _block_mask(segments: list[tuple[int, list[int]]], total: int, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    segment_T, answer_T = _labels(segments, device)
+
+    def sees(batch, head, q, kv):
+        mine = (answer_T[kv] == 0) | (answer_T[kv] == answer_T[q])
+        return (segment_T[q] == segment_T[kv]) & (kv <= q) & mine
+
+    compiled = {"_compile": True} if device.type == "cuda" else {}  # else a T x T matrix exists on the way
+    return create_block_mask(sees, B=None, H=None, Q_LEN=total, KV_LEN=total, device=device, **compiled)
 
 
 def _segments(packed: PackedSeqParams) -> list[tuple[int, list[int]]]:

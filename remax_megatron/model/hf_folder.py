@@ -105,7 +105,8 @@ class HfWeights:
             weight_map = None
         else:
             raise FolderError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}; convert the weights to safetensors first"
+                f"{self.folder} holds neither {SINGLE} nor {INDEX}; name a Hugging Face folder, or convert the weights "
+                "to safetensors first"
             )
         names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
         self._open: dict[str, safe_open] = {}
@@ -198,9 +199,7 @@ def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
         maps = MappedFiles()
         pairs = (blocks(weights.extents(name), BLOCK_BYTES) for name in (HF_HEAD, HF_EMBEDDING))
         kinds = [(weights.shape(name), weights.dtype(name)) for name in (HF_HEAD, HF_EMBEDDING)]
-        if kinds[0] != kinds[1] or any(
-            maps.read(head) != maps.read(embedding) for ((head,), (embedding,)) in zip(*pairs, strict=True)
-        ):
+        if kinds[0] != kinds[1] or not all(maps.equal(head, other) for ((head,), (other,)) in zip(*pairs, strict=True)):
             raise FolderError(
                 f"{weights.folder}: config.json ties the embeddings, but {HF_HEAD} differs from {HF_EMBEDDING}; "
                 f"set tie_word_embeddings to false there, or remove {HF_HEAD}"

@@ -55,8 +55,23 @@ class MappedFiles:
         start = extent.offset // mmap.PAGESIZE * mmap.PAGESIZE
         opened.madvise(mmap.MADV_DONTNEED, start, min(extent.offset + extent.num_bytes, len(opened)) - start)
 
+    def equal(self, a: Extent, b: Extent) -> bool:
+        """Whether two stretches hold the same bytes."""
+        same = self.read(a) == self.read(b)
+        self.release(a)
+        self.release(b)
+        return same
+
+    def close(self) -> None:
+        """Unmap and close all files; no view of them may be left."""
+        with self._lock:
+            while self._maps:
+                opened, handle = self._maps.popitem()[1]
+                opened.close()
+                os.close(handle)
+
     def _map(self, path: str) -> tuple[mmap.mmap, int]:
-        """The map of the file and its descriptor, which live as long as the process."""
+        """The map of the file, and its descriptor."""
         with self._lock:
             if path not in self._maps:
                 handle = os.open(path, os.O_RDONLY)

@@ -60,6 +60,11 @@ def model_folder(folder: str | Path) -> Path:
     return above if not (folder / "config.json").is_file() and (above / "config.json").is_file() else folder
 
 
+def weights_folder(folder: str | Path) -> Path:
+    """Where weights and manifest lie: the folder itself, or a Megatron folder's current checkpoint."""
+    return checkpoint_folder(folder) if is_megatron_folder(folder) else Path(folder)
+
+
 class MegatronWeights:
     """The weights of a Megatron checkpoint under their Hugging Face names, read where they lie.
 
@@ -109,6 +114,25 @@ class MegatronWeights:
                 f"{self._stored.folder}: {len(extra)} tensors do not belong to the model of config.json, "
                 f"first {extra[0]}; {OTHER_CONFIG}"
             )
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that hold weights, and the index."""
+        chunks = {chunk.path for tensor in self._stored.tensors.values() for chunk in tensor.chunks}
+        return [*map(Path, sorted(chunks)), self._stored.folder / ".metadata"]
+
+    def check_items(self) -> None:
+        """FolderError when a chunk of a tensor is missing or not what the index says; reads no weights."""
+        for key, tensor in self._stored.tensors.items():
+            if key.startswith(MODEL_PREFIXES):
+                for chunk in tensor.chunks:
+                    self._stored.data_start(key, chunk, tensor.dtype)
+
+    def fused_rows(self, key: str, layer: int | None, row: int, num_rows: int) -> list[Extent]:
+        """Rows of a tensor as Megatron stores it, under its own name."""
+        if layer is not None and not self._stacked:
+            key, layer = key.replace("decoder.layers.", f"decoder.layers.{layer}."), None
+        return self._stored.rows(key, layer, row, row + num_rows)
 
     @property
     def names(self) -> set[str]:

@@ -210,7 +210,7 @@ class TorchDist:
                 )
             end = min(end, stop)
             places = [
-                (chunk.path, self._data_start(key, chunk, tensor.dtype), chunk.offsets[len(lead)], w * itemsize)
+                (chunk.path, self.data_start(key, chunk, tensor.dtype), chunk.offsets[len(lead)], w * itemsize)
                 for chunk, w in zip(band, widths, strict=True)
             ]
             step = end - row if len(band) == 1 else 1
@@ -222,7 +222,7 @@ class TorchDist:
             row = end
         return extents
 
-    def _data_start(self, key: str, chunk: Chunk, dtype: torch.dtype) -> int:
+    def data_start(self, key: str, chunk: Chunk, dtype: torch.dtype) -> int:
         """Where in the file the chunk's raw bytes begin. FolderError when the item is not the tensor it should be."""
         if chunk not in self._data_starts:
             try:

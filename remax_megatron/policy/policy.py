@@ -265,7 +265,8 @@ class Policy(PackedModel):
             loss_R = loss_R + actor.kl_loss_coef * kl_R
         total = (loss_R * batch.weight_R).sum()
         mismatch_R = logprob_R.detach() - batch.rollout_logprob_R
-        sums = [total, entropy_R.sum(), tokens.clipped_R.sum(), tokens.dual_clipped_R.sum()]
+        clips = actor.policy_loss == "ppo_clip"
+        sums = [total, entropy_R.sum(), clips * tokens.clipped_R.sum(), clips * tokens.dual_clipped_R.sum()]
         sums += [tokens.old_minus_new_R.sum(), kl_R.sum(), mismatch_R.abs().sum(), -mismatch_R.sum()]
         counted = (stats.count, stats.total, stats.total_cut, stats.total_cut_squared, stats.num_truncated)
         of_weights = torch.tensor(counted, dtype=torch.float64, device=logprob_R.device)

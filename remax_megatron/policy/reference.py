@@ -40,7 +40,7 @@ class Reference(PackedModel):
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """The weights are where they can be computed with while the block runs. May be nested."""
+        """The weights are where they can be computed with while the block runs. Not to be nested."""
         self._move(self.layout.device)
         try:
             yield

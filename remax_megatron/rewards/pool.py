@@ -81,7 +81,6 @@ class RewardPool:
         except BaseException:
             self.close()
             raise
-        self._num_workers = num_workers
 
     def __enter__(self) -> RewardPool:
         return self
@@ -97,17 +96,23 @@ class RewardPool:
             self._workers.pop().kill()
         remove_folder(self._folder)
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
-        """The result of each request, in order. An interruption (Ctrl-C) kills the workers: the pool is then closed."""
+    def score(
+        self, requests: Sequence[ScoreRequest], *, max_failure_share: float = 1.0, num_answers: int | None = None
+    ) -> list[ScoreResult]:
+        """The result of each request, in order. Any error or Ctrl-C closes the pool.
+
+        RewardFailures as soon as more than that share of `num_answers` (of all pools together; None: these requests)
+        have failed, so that a scorer that hangs does not hold the other ranks up until their collectives time out.
+        """
         if not self._workers:
             raise RewardError("this reward pool is closed")
         try:
-            return self._score(requests)
+            return self._score(requests, max_failure_share, num_answers or len(requests))
         except BaseException:
             self.close()
             raise
 
-    def _score(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
+    def _score(self, requests: Sequence[ScoreRequest], max_share: float, num_answers: int) -> list[ScoreResult]:
         results: dict[int, ScoreResult] = {}
         todo = deque(range(len(requests)))
         while len(results) < len(requests):
@@ -125,6 +130,9 @@ class RewardPool:
                     self._take(worker, results, todo)
                 elif (late := worker.late_sample(self.timeout_s)) is not None:
                     self._end(worker, results, todo, late)
+            failed = [result for result in results.values() if result.outcome != "ok"]
+            if len(failed) > max_share * num_answers:
+                raise _too_many(failed, num_answers, max_share)
         return [results[i] for i in range(len(requests))]
 
     def _is_ready(self, worker: _Worker) -> bool:
@@ -266,14 +274,16 @@ def failure_counts(results: Sequence[ScoreResult]) -> dict[str, int]:
 
 def check_failures(results: Sequence[ScoreResult], max_share: float) -> None:
     """RewardFailures when more than `max_share` of the results are not "ok"; the first message is shown."""
-    counts = failure_counts(results)
-    failed = sum(counts.values())
-    if failed <= max_share * len(results):
-        return
-    first = next(result for result in results if result.outcome != "ok")
-    raise RewardFailures(
-        f"reward.max_failure_share={max_share:g}: {failed} of {len(results)} rewards failed "
-        f"({failed / len(results):.1%}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}); "
+    failed = [result for result in results if result.outcome != "ok"]
+    if len(failed) > max_share * len(results):
+        raise _too_many(failed, len(results), max_share)
+
+
+def _too_many(failed: Sequence[ScoreResult], total: int, max_share: float) -> RewardFailures:
+    counts, first = failure_counts(failed), failed[0]
+    return RewardFailures(
+        f"reward.max_failure_share={max_share:g}: {len(failed)} of {total} rewards failed "
+        f"({len(failed) / total:.1%}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}); "
         f"the first, {first.outcome}: {first.message}. Mend the scorer or the data, raise reward.timeout_s "
         "or reward.memory_gib, or raise reward.max_failure_share to train with these scored 0"
     )

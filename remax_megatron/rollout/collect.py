@@ -34,19 +34,17 @@ class Collector:
             self.engine.sleep()
             dist.barrier()  # the phase is as long as the slowest replica's
         with self.timer.phase("reward"):
-            self._score([(rollout.prompt, answer) for rollout in rollouts for answer in rollout.completions])
+            self._reward([(rollout.prompt, answer) for rollout in rollouts for answer in rollout.completions])
             gathered = self._gather(rollouts)
-            self._check([answer for rollout in gathered for answer in rollout.completions])
+            self.check_rewards([answer for rollout in gathered for answer in rollout.completions])
             return gathered
 
     def validation(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
-        """The scored validation answers to each prompt, in order, on every rank."""
+        """The scored validation answers to each prompt, in order, on every rank; `check_rewards` is the caller's."""
         mine = _share(prompts, self.engine.replica, self.engine.num_replicas)
         answers = self.engine.validation(mine)
-        self._score([(prompt, answer) for prompt, group in zip(mine, answers, strict=True) for answer in group])
-        gathered = self._gather(answers)
-        self._check([answer for group in gathered for answer in group])
-        return gathered
+        self._reward([(prompt, answer) for prompt, group in zip(mine, answers, strict=True) for answer in group])
+        return self._gather(answers)
 
     def close(self) -> None:
         """End the reward workers and the engine; every rank calls."""
@@ -54,20 +52,25 @@ class Collector:
             self.pool.close()
         self.engine.close()
 
-    def _score(self, answers: Sequence[tuple[Prompt, Completion]]) -> None:
-        """Set the rewards of this replica's answers, on the rank that leads it."""
+    def check_rewards(self, answers: Sequence[Completion]) -> None:
+        """RewardFailures, on every rank alike, when too many rewards of all replicas' `answers` could not be had."""
+        results = [ScoreResult(a.reward, a.reward_outcome, a.reward_message) for a in answers]
+        check_failures(results, self.max_failure_share)
+
+    def _reward(self, answers: Sequence[tuple[Prompt, Completion]]) -> None:
+        """Set the rewards of this replica's answers, on the rank that leads it.
+
+        RewardFailures when so many fail here that it would be too many even if all others were sound.
+        """
         if not self.engine.leads_replica:
             return
         assert self.pool is not None
+        total = len(answers) * self.engine.num_replicas  # the shares of replicas differ by a prompt at most
         requests = [ScoreRequest(p.data_source, a.text, p.ground_truth, p.extra_info) for p, a in answers]
-        for (_, answer), result in zip(answers, self.pool.score(requests), strict=True):
+        results = self.pool.score(requests, max_failure_share=self.max_failure_share, num_answers=total)
+        for (_, answer), result in zip(answers, results, strict=True):
             answer.reward, answer.scores = result.score, result.extra
             answer.reward_outcome, answer.reward_message = result.outcome, result.message
-
-    def _check(self, answers: Sequence[Completion]) -> None:
-        """RewardFailures, on every rank alike, when too many of the run's rewards could not be had."""
-        results = [ScoreResult(a.reward, a.reward_outcome, a.reward_message) for a in answers]
-        check_failures(results, self.max_failure_share)
 
     def _gather(self, mine: list[T]) -> list[T]:
         parts: list = [None] * dist.get_world_size()

@@ -9,7 +9,7 @@ of A over a prompt is 1.
 This is not ReMax and not a policy gradient of the expected reward: as n grows it tends to the gradient of
 log E[exp(r / T)], which favours the best answers, like reward-weighted regression (Peters and Schaal 2007, and
 arXiv 1910.00177). At small n it is biased even for that. There is no baseline and no negative advantage: every
-sampled answer is pushed up, the worse ones less. No row has a zero advantage, so none can be left out.
+sampled answer is pushed up, the worse ones less. Hardly a row has a zero advantage, so none are left out.
 
 Assumes that the n answers to a prompt are independent samples of the same policy, and that T suits the scale of the
 rewards: T -> 0 trains only on the best answer, T -> infinity on all alike.
