@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,25 @@ class Usage:
 
 def measured(command: list[str], timeout_s: float = 3600) -> Usage:
     """Run `command` to its end and watch its memory. RuntimeError with its output when it fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peaks = {"VmHWM": 0, "RssAnon": 0}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:  # pipes would fill and block
+        started = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=errors, text=True)
+        seconds = _watch(process, peaks, started + timeout_s) - started
+        out.seek(0)
+        errors.seek(0)
+        output, said = out.read(), errors.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"exit code {process.returncode}: {' '.join(command)}\n{output}{said[-4000:]}")
+    return Usage(seconds, peaks["VmHWM"] / 2**20, peaks["RssAnon"] / 2**20, output)
+
+
+def _watch(process: subprocess.Popen, peaks: dict[str, int], deadline: float) -> float:
+    """Note the largest memory of `process` until it ends; returns when that was. Killed at the deadline."""
     try:
         while process.poll() is None:
-            if time.perf_counter() - started > timeout_s:
-                raise RuntimeError(f"no end after {timeout_s} s: {' '.join(command)}")
+            if time.perf_counter() > deadline:
+                break
             try:
                 for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
                     name, _, value = line.partition(":")
@@ -63,10 +76,7 @@ def measured(command: list[str], timeout_s: float = 3600) -> Usage:
             except (FileNotFoundError, ProcessLookupError):
                 pass
             time.sleep(SAMPLE_SECONDS)
+        return time.perf_counter()
     finally:
         process.kill()
-    seconds = time.perf_counter() - started
-    output = process.communicate()[0]
-    if process.returncode != 0:
-        raise RuntimeError(f"exit code {process.returncode}: {' '.join(command)}\n{output}")
-    return Usage(seconds, peaks["VmHWM"] / 2**20, peaks["RssAnon"] / 2**20, output)
+        process.wait()

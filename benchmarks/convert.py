@@ -36,6 +36,7 @@ import torch
 from common import ROOT, Usage, finish, machine, measured
 
 from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.convert.verify import read_tensors
 from remax_megatron.model.hf_folder import INDEX, HfLayout, expected_shapes
 
 SHAPES = {  # layers, hidden, ffn, heads, KV heads, vocabulary, tied
@@ -177,16 +178,19 @@ def repeat_peer(peer: str, python: Path, folder: Path, work: Path, repeats: int)
             command = [str(python), str(PEER_SCRIPT), peer, direction, "--hf", str(folder)]
             command += ["--megatron", str(work / "peer-megatron")]
             command += ["--output", str(work / "peer-hf")] if direction == "back" else []
-            answer = json.loads(measured(command).output.strip().splitlines()[-1])
+            try:
+                answer = json.loads(measured(command, timeout_s=600).output.strip().splitlines()[-1])
+            except RuntimeError as error:  # it died outside of what it reports itself
+                answer = {"error": str(error).strip().splitlines()[-1]}
             if "error" in answer:
                 return {"error": f"{direction}: {answer['error']}", "version": answer.get("version", "")}
             seconds[direction].append(answer["seconds"])
             peak, version = max(peak, answer["peak_anon_gib"]), answer["version"]
-    equal = same_weights(folder, work / "peer-hf")
+    equal = read_tensors(folder) == read_tensors(work / "peer-hf")
     for name in ("peer-megatron", "peer-hf"):
         shutil.rmtree(work / name)
     medians = {f"{name}_s": statistics.median(values) for name, values in seconds.items()}
-    return medians | {"peak_anon_gib": peak, "version": version, "same_files": equal, "runs": seconds}
+    return medians | {"peak_anon_gib": peak, "version": version, "equal_tensors": equal, "runs": seconds}
 
 
 def peers_python(folder: Path) -> Path:
@@ -259,7 +263,7 @@ def main() -> None:
                 say(f"{peer:16}{found['error']}")
             else:
                 line = f"{peer:16}{found['there_s']:9.2f}{found['back_s']:9.2f}{found['peak_anon_gib']:10.2f}"
-                say(f"{line}   same files: {found['same_files']}")
+                say(f"{line}   equal tensors: {found['equal_tensors']}")
         details |= {"peers": peers, "projected": projection(ours, num_bytes, say)}
         details["seconds"] = time.perf_counter() - started
     ran = [found for found in peers.values() if "error" not in found]
