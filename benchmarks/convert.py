@@ -7,7 +7,8 @@
 made there when the folder is missing. Each repeat runs `cp -r` (which does not flush to the disk), our two commands
 (which do), and then each peer; medians are printed. Times are those of the conversions, without starting Python and
 importing, for ours and the peers alike; process_time_vs_cp counts that in. Memory is the largest anonymous memory of
-the process. Needs room for four copies of the model in --work.
+the process. Needs room for four copies of the model in --work. Virtual disks grant bursts and then throttle, so the
+disk rests for --rest seconds before every timed step.
 
     time_vs_best_peer    ours, both directions, over the faster peer's
     memory_vs_best_peer  ours, the larger of both directions, over the smaller peer's
@@ -126,12 +127,13 @@ def same_weights(a: Path, b: Path) -> bool:
     )
 
 
-def settle() -> None:
-    """Let what earlier steps wrote reach the disk, so that nobody pays for another."""
+def settle(rest_s: float) -> None:
+    """Let what earlier steps wrote reach the disk, and the disk rest, so that nobody pays for another."""
     os.sync()
+    time.sleep(rest_s)
 
 
-def repeat_ours(folder: Path, work: Path, repeats: int) -> dict[str, object]:
+def repeat_ours(folder: Path, work: Path, repeats: int, rest_s: float) -> dict[str, object]:
     """cp, there and back in turn; medians of seconds, maxima of GiB."""
     python = [sys.executable]
     bare = measured([*python, "-c", "import time; time.sleep(0.2)"])
@@ -139,16 +141,16 @@ def repeat_ours(folder: Path, work: Path, repeats: int) -> dict[str, object]:
     for _ in range(repeats):
         for path in (work / "cp", work / "megatron", work / "hf"):
             shutil.rmtree(path, ignore_errors=True)
-        settle()
+        settle(rest_s)
         copy.append(measured(["cp", "-r", str(folder), str(work / "cp")]))
         shutil.rmtree(work / "cp")
-        settle()
+        settle(rest_s)
         flushed.append(measured(["sh", "-c", f"cp -r '{folder}' '{work / 'cp'}' && sync"]))
         shutil.rmtree(work / "cp")
-        settle()
+        settle(rest_s)
         command = ["convert/hf_to_megatron.py", "--hf", str(folder), "--output", str(work / "megatron")]
         there.append(measured([*python, *command]))
-        settle()
+        settle(rest_s)
         command = ["convert/megatron_to_hf.py", "--megatron", str(work / "megatron"), "--output", str(work / "hf")]
         back.append(measured([*python, *command]))
         if not same_weights(folder, work / "hf"):
@@ -171,7 +173,7 @@ def repeat_ours(folder: Path, work: Path, repeats: int) -> dict[str, object]:
     }
 
 
-def repeat_peer(peer: str, python: Path, folder: Path, work: Path, repeats: int) -> dict[str, object]:
+def repeat_peer(peer: str, python: Path, folder: Path, work: Path, repeats: int, rest_s: float) -> dict[str, object]:
     """The peer there and back; medians and maxima, or {"error": ...} with the exact error."""
     seconds: dict[str, list[float]] = {"there": [], "back": []}
     peak, version = 0.0, ""
@@ -179,7 +181,7 @@ def repeat_peer(peer: str, python: Path, folder: Path, work: Path, repeats: int)
         for name in ("peer-megatron", "peer-hf"):
             shutil.rmtree(work / name, ignore_errors=True)
         for direction in seconds:
-            settle()
+            settle(rest_s)
             command = [str(python), str(PEER_SCRIPT), peer, direction, "--hf", str(folder)]
             command += ["--megatron", str(work / "peer-megatron")]
             command += ["--output", str(work / "peer-hf")] if direction == "back" else []
@@ -242,6 +244,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.5b")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rest", type=float, default=15.0, help="seconds of rest for the disk before each timed step")
     parser.add_argument("--peers", type=Path, default=ROOT / ".venv-peers-convert", help="the peers' environment")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--work", help="folder for the models (default: the system's for temporary files)")
@@ -256,7 +259,7 @@ def main() -> None:
         work = Path(name)
         num_bytes = make_folder(work / "model", config_of(options.shape, options.layers))
         started = time.perf_counter()
-        ours = repeat_ours(work / "model", work, options.repeats)
+        ours = repeat_ours(work / "model", work, options.repeats, options.rest)
         say(f"{'':16}{'there s':>9}{'back s':>9}{'anon GiB':>10}")
         whole = f"{ours['there_process_s']:.2f} and {ours['back_process_s']:.2f} with starting Python"
         say(f"{'ours':16}{ours['there_s']:9.2f}{ours['back_s']:9.2f}{ours['peak_anon_gib']:10.2f}   {whole}")
@@ -264,7 +267,9 @@ def main() -> None:
         say(f"{'cp -r':16}{ours['cp_s']:9.2f}{'':19}   {flushed}")
         details["ours"], peers = ours, {}
         for peer in () if options.no_peers else PEERS:
-            peers[peer] = found = repeat_peer(peer, peers_python(options.peers), work / "model", work, options.repeats)
+            peers[peer] = found = repeat_peer(
+                peer, peers_python(options.peers), work / "model", work, options.repeats, options.rest
+            )
             if "error" in found:
                 say(f"{peer:16}{found['error']}")
             else:

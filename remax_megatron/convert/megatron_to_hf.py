@@ -3,9 +3,9 @@
     python convert/megatron_to_hf.py --megatron DIR --output DIR [--hf-template DIR] [--max-shard-size 5GB]
                                      [--workers N] [--resume]
 
-Takes what hf_to_megatron.py wrote, and what Megatron saved at any TP x PP x DP (--ckpt-format torch_dist). config.json and the tokenizer come from beside the checkpoint, or from
---hf-template. A checkpoint that came from Hugging Face files, unchanged in type, becomes the same files byte for byte,
-unless --max-shard-size asks for others.
+Takes what hf_to_megatron.py wrote, and what Megatron saved at any TP x PP x DP (--ckpt-format torch_dist). config.json
+and the tokenizer come from beside the checkpoint, or from --hf-template. A checkpoint that came from Hugging Face
+files, unchanged in type, becomes the same files byte for byte, unless --max-shard-size asks for others.
 """
 
 from __future__ import annotations
