@@ -24,13 +24,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from remax_megatron.atomic import replacing
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import EXIT_DIFFERENT, Command, run_command
 from remax_megatron.convert.copying import BLOCK_BYTES, default_workers, digest, peak_gib
+from remax_megatron.convert.logits import max_logit_difference
 from remax_megatron.convert.manifest import MANIFEST, read_manifest
-from remax_megatron.model.hf_folder import FolderError, HfWeights, expected_shapes
+from remax_megatron.model.hf_folder import FolderError, expected_shapes
 from remax_megatron.model.mapped import MappedFiles, blocks
-from remax_megatron.model.megatron_folder import MegatronWeights, model_folder, open_weights, weights_folder
+from remax_megatron.model.megatron_folder import open_model, weights_folder
 
 SHOWN = 10  # differences that are printed one by one
 
@@ -51,14 +51,6 @@ class Verdict:
     tensors: dict[str, Tensor]
     differences: list[str] = field(default_factory=list)
     max_logit_difference: float | None = None
-
-
-def open_model(folder: str | Path) -> tuple[HfWeights | MegatronWeights, ModelFacts]:
-    """The weights in `folder` and the sizes its config.json gives. UserError when it is neither kind of checkpoint."""
-    if not Path(folder).is_dir():
-        raise FolderError(f"{folder}: there is no such folder; name a checkpoint")
-    facts = ModelFacts.from_folder(model_folder(folder), setting="DIR")
-    return open_weights(folder, facts), facts
 
 
 def read_tensors(folder: str | Path, workers: int | None = None) -> dict[str, Tensor]:
@@ -130,8 +122,6 @@ def main(argv: list[str] | None = None) -> int:
             raise FolderError("give two folders, or one to compare with its own manifest (without --logits)")
         verdict = compare(options.folders[0], *options.folders[1:], workers=options.workers)
         if options.logits:
-            from remax_megatron.convert.logits import max_logit_difference
-
             verdict.max_logit_difference = max_logit_difference(*options.folders)
         return report(verdict, options.tolerance, options.json)
 

@@ -70,6 +70,10 @@ class MappedFiles:
                 opened.close()
                 os.close(handle)
 
+    def __del__(self) -> None:
+        for _, handle in self._maps.values():  # a map closes itself when its last view is gone
+            os.close(handle)
+
     def _map(self, path: str) -> tuple[mmap.mmap, int]:
         """The map of the file, and its descriptor."""
         with self._lock:

@@ -174,3 +174,11 @@ def open_weights(folder: str | Path, facts: ModelFacts) -> HfWeights | MegatronW
     weights = HfWeights(folder)
     check_folder(weights, facts)
     return weights
+
+
+def open_model(folder: str | Path) -> tuple[HfWeights | MegatronWeights, ModelFacts]:
+    """The weights in `folder` and the sizes its config.json gives. UserError when it is neither kind of checkpoint."""
+    if not Path(folder).is_dir():
+        raise FolderError(f"{folder}: there is no such folder; name a checkpoint")
+    facts = ModelFacts.from_folder(model_folder(folder), setting="DIR")
+    return open_weights(folder, facts), facts
