@@ -22,9 +22,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     tmp = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield tmp
-        _fsync(tmp)
+        fsync_path(tmp)
         os.replace(tmp, path)
-        _fsync(path.parent)
+        fsync_path(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -45,17 +45,18 @@ def replacing_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         yield tmp
         for path in tmp.rglob("*"):
             if path.is_file():
-                _fsync(path)
+                fsync_path(path)
         if folder.exists():
             os.replace(folder, old)
         os.replace(tmp, folder)
-        _fsync(folder.parent)
+        fsync_path(folder.parent)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _fsync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
+    """Wait until the file or folder `path` is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

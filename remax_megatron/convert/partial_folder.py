@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from remax_megatron.atomic import fsync_path
 from remax_megatron.errors import UserError
 
 JOURNAL = "journal.jsonl"
@@ -86,10 +87,10 @@ def partial_folder(output: Path, num_bytes: int, fingerprint: str, resume: bool)
                 yield partial, Journal(file, _read(file, fingerprint, output))
             (partial / JOURNAL).unlink()
             for path in (partial, *partial.rglob("*")):
-                _fsync(path)
+                fsync_path(path)
             _refuse_existing(output)
             os.rename(partial, output)
-            _fsync(output.parent)
+            fsync_path(output.parent)
     except KeyboardInterrupt:
         print(f"interrupted; --resume goes on with what is in {partial}", file=sys.stderr)
         raise
@@ -153,11 +154,3 @@ def _remove_empty(folders: Iterable[Path]) -> None:
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

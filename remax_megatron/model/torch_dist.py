@@ -48,6 +48,13 @@ ITEM_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,  # and of passwords
     EOFError,
 )
+PICKLE_ERRORS: tuple[type[Exception], ...] = (
+    *ITEM_ERRORS,
+    pickle.UnpicklingError,
+    ImportError,
+    ArithmeticError,
+    MemoryError,
+)
 
 
 def saved_key(entry: WeightEntry) -> str:
@@ -99,7 +106,7 @@ def _unpickle(file: Any, path: str, packages: tuple[str, ...]) -> Any:
         return _InertUnpickler(file, path, packages).load()
     except FolderError:
         raise
-    except Exception as error:  # a damaged pickle raises anything
+    except PICKLE_ERRORS as error:
         raise FolderError(f"{path} is damaged: {type(error).__name__}: {error}; {AGAIN}") from error
 
 
