@@ -78,7 +78,8 @@ def _std(values: Sequence[float]) -> float:
 
 
 def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Means over the optimizer steps of one rollout batch; micro-batches are counted over all of them.
+    """Means over the optimizer steps of one rollout batch (over the skipped ones when none was made); micro-batches
+    are counted over all of them.
 
     Importance weights and the mismatch between engine and policy are those of the first step, the only one before
     any weight moved.
@@ -87,8 +88,10 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     if not results:  # every advantage was 0, and so is the gradient
         return {"actor/loss": 0.0, "actor/grad_norm": 0.0, "actor/num_updates": 0}
 
+    made = [result for result in results if not result.skipped]
+
     def mean(name: str) -> float:
-        return sum(getattr(result, name) for result in results) / len(results)
+        return sum(getattr(result, name) for result in made or results) / len(made or results)
 
     return {
         "actor/loss": mean("loss"),
@@ -99,7 +102,7 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
         "actor/dual_clip_share": mean("dual_clip_share"),
         "actor/approx_kl": mean("approx_kl"),
         "actor/kl": mean("kl"),
-        "actor/num_updates": len(results),
+        "actor/num_updates": len(made),
         "batch/num_microbatches": sum(result.num_microbatches for result in results),
         "batch/fill": mean("fill"),
         "rollout/logprob_diff_mean": results[0].mismatch_mean,

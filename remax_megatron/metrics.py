@@ -13,10 +13,11 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from remax_megatron.atomic import replacing
 from remax_megatron.config.schema import LOGGERS
 
 
@@ -24,7 +25,8 @@ class MetricsWriter:
     """Writes every step's metrics to `run_dir/metrics.jsonl` and to each of `loggers` (console, wandb, tensorboard).
 
     `config_yaml` is the resolved config, shown by wandb and tensorboard. A file that is there is continued, less a last
-    line that a killed run left half-written. `echo` prints a console line; a progress bar passes its own.
+    line that a killed run left half-written; `first_step` above 0 tells tensorboard and wandb that it is continued.
+    `echo` prints a console line; a progress bar passes its own.
     Raises ValueError for an unknown logger and for one whose package is not installed, before any file is made.
     """
 
@@ -35,6 +37,7 @@ class MetricsWriter:
         project: str,
         experiment: str,
         config_yaml: str,
+        first_step: int = 0,
         echo: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
         loggers = [loggers] if isinstance(loggers, str) else list(loggers)
@@ -42,8 +45,10 @@ class MetricsWriter:
             if name not in LOGGERS:
                 raise ValueError(f"trainer.logger names {name!r}, which is unknown; use {', '.join(LOGGERS)}")
         run_dir = Path(run_dir)
-        self._wandb = _start_wandb(run_dir, project, experiment, config_yaml) if "wandb" in loggers else None
-        self._tensorboard = _start_tensorboard(run_dir, config_yaml) if "tensorboard" in loggers else None
+        self._wandb = (
+            _start_wandb(run_dir, project, experiment, config_yaml, first_step) if "wandb" in loggers else None
+        )
+        self._tensorboard = _start_tensorboard(run_dir, config_yaml, first_step) if "tensorboard" in loggers else None
         self._echo = echo if "console" in loggers else None
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
@@ -111,18 +116,24 @@ class PhaseTimer:
     """Wall-clock seconds per named phase of a step: `with timer.phase("rollout"): ...`.
 
     A phase entered more than once adds up; phases may nest (`step` around the others), each counts its own whole time.
-    A phase that raises is counted too. Device work that is still queued is not waited for.
+    A phase that raises is counted too. Device work that is still queued is not waited for. `around(name)` gives a
+    context manager that is held during the phase.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        around: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._clock, self._around = clock, around
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = self._clock()
         try:
-            yield
+            with self._around(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 
@@ -130,6 +141,22 @@ class PhaseTimer:
         """{"time/rollout_s": seconds, ...} since the last call, and starts again from nothing."""
         seconds, self._seconds = self._seconds, {}
         return {f"time/{name}_s": value for name, value in seconds.items()}
+
+
+def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:
+    """Drop the records after `last_step`, and what is no record, from a metrics.jsonl, where there is one."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    with replacing(path) as tmp:
+        tmp.write_bytes(b"".join(kept))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -152,7 +179,8 @@ def _jsonable(key: str, value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _start_wandb(run_dir: Path, project: str, experiment: str, config_yaml: str) -> Any:
+def _start_wandb(run_dir: Path, project: str, experiment: str, config_yaml: str, first_step: int) -> Any:
+    """A run that is gone on with keeps its id, which lies in `run_dir`/wandb-id."""
     try:
         import wandb
     except ModuleNotFoundError as error:
@@ -162,16 +190,20 @@ def _start_wandb(run_dir: Path, project: str, experiment: str, config_yaml: str)
     run_dir.mkdir(parents=True, exist_ok=True)
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     config: Any = OmegaConf.to_container(OmegaConf.create(config_yaml))
-    return wandb.init(project=project, name=experiment, dir=run_dir, mode=mode, config=config)
+    id_file = run_dir / "wandb-id"
+    run_id = id_file.read_text().strip() if first_step > 0 and id_file.exists() else os.urandom(4).hex()
+    id_file.write_text(run_id + "\n")
+    where = {"project": project, "name": experiment, "dir": run_dir, "mode": mode}
+    return wandb.init(**where, config=config, id=run_id, resume="allow")
 
 
-def _start_tensorboard(run_dir: Path, config_yaml: str) -> Any:
+def _start_tensorboard(run_dir: Path, config_yaml: str, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ValueError(
             "trainer.logger names 'tensorboard', which is not installed: pip install tensorboard"
         ) from error
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
     writer.add_text("config", f"```yaml\n{config_yaml}\n```")
     return writer

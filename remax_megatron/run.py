@@ -1,4 +1,4 @@
-"""One run from its checked settings to its end: prepare the inputs, build the parts, train, export.
+"""One run from its checked settings to its end: prepare the inputs, find the checkpoint, build, train, export.
 
 `__main__.py` calls `run` on every rank. Inputs are prepared before any process group or engine exists, so that what
 a user can mend is one `error:` line.
@@ -22,21 +22,24 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from remax_megatron.atomic import replacing
+from remax_megatron.checkpoint.folders import RunState
+from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError, needs_reference
 from remax_megatron.data.dataset import PromptDataset, load_prompts
+from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
-from remax_megatron.model.hf_folder import write_hf_folder
-from remax_megatron.model.megatron_folder import open_weights
+from remax_megatron.model.hf_folder import side_files, write_hf_folder
+from remax_megatron.model.megatron_folder import model_folder, open_weights
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.sandbox import available_protections
 from remax_megatron.rewards.scoring import check_data_sources, load_scorer
+from remax_megatron.run_folder import checkpoints_folder, start_run_folder
 
 if TYPE_CHECKING:
     from remax_megatron.trainer import Trainer
@@ -69,16 +72,21 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         cpu_platform.remove_dead_shared_memory()
     cleanups: list[Callable[[], None]] = [cpu_platform.remove_own_shared_memory]
     with ends_all_ranks(cleanup=lambda: [cleanup() for cleanup in cleanups]):
-        _check_agreement(config, inputs)
-        trainer = _build(config, facts, inputs, device, is_first)
+        prompts_digest = _check_agreement(config, inputs)
+        checkpoint = find_checkpoint(config, checkpoints_folder(config), print if is_first else lambda line: None)
+        if checkpoint is not None:
+            check_same_run(checkpoint[1], config, prompts_digest)
+        trainer = _build(config, facts, inputs, prompts_digest, checkpoint, device, is_first)
         if trainer.collector.pool is not None:
             cleanups.append(trainer.collector.pool.close)
         try:
-            trainer.train()
-        except CanaryError:
+            finished = trainer.train()
+        except (CanaryError, NonFiniteError, MismatchError):
             _export(trainer, inputs.model_folder)  # every rank is here, and the policy's own weights are sound
             raise
-        _export(trainer, inputs.model_folder)
+        if finished:
+            _export(trainer, inputs.model_folder)
+        _close(trainer)
         cpu_platform.remove_own_shared_memory()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -186,10 +194,14 @@ def local_data_files(files) -> list[str]:
     return [embedded.get(file, file) for file in files]
 
 
-def _check_agreement(config: Config, inputs: Inputs) -> None:
-    """ConfigError on every rank when ranks would train on other settings or prompts than rank 0. Collective."""
-    prompts = [(p.index, p.token_ids, p.ground_truth) for p in (*inputs.train_prompts, *(inputs.val_prompts or ()))]
-    mine = hashlib.sha256(repr((to_yaml(config), prompts)).encode()).hexdigest()
+def _check_agreement(config: Config, inputs: Inputs) -> str:
+    """The digest of the training prompts. ConfigError, on every rank, when ranks would train on other settings or
+    prompts than rank 0. Collective."""
+    train, val = (
+        hashlib.sha256(repr([(p.index, p.token_ids, p.ground_truth) for p in prompts]).encode()).hexdigest()
+        for prompts in (inputs.train_prompts, inputs.val_prompts or ())
+    )
+    mine = hashlib.sha256(repr((to_yaml(config), train, val)).encode()).hexdigest()
     digests: list = [None] * dist.get_world_size()
     dist.all_gather_object(digests, mine)
     if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
@@ -197,26 +209,42 @@ def _check_agreement(config: Config, inputs: Inputs) -> None:
             f"ranks {others} read other settings or data than rank 0; start every node with the same command, "
             "environment and files"
         )
+    return train
 
 
-def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, is_first: bool) -> Trainer:
-    """Megatron's groups, the policy, the engine, the bridge between them, and the loop over it all. Collective."""
+def _build(
+    config: Config,
+    facts: ModelFacts,
+    inputs: Inputs,
+    prompts_digest: str,
+    checkpoint: tuple[Path, RunState] | None,
+    device: torch.device,
+    is_first: bool,
+) -> Trainer:
+    """Megatron's groups, the policy, the engine, the bridge between them, and the loop over it all, in the state of
+    `checkpoint` where there is one. Collective."""
     from remax_megatron.algorithm.estimators import get_estimator
+    from remax_megatron.checkpoint.saver import Saver
     from remax_megatron.learner import Learner
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.reference import Reference
+    from remax_megatron.policy.training_state import TrainingState
     from remax_megatron.rollout.bridge import Bridge
     from remax_megatron.rollout.collect import Collector
     from remax_megatron.rollout.engine import Engine
     from remax_megatron.trainer import Trainer
 
     trainer, actor, rollout = config.trainer, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    folder, state = checkpoint or (None, None)
+    done = state.step if state else 0
     writer = None
     if is_first:
-        run_dir = _start_run_dir(config)
+        run_dir = start_run_folder(config, (folder, done) if folder else None)
         names = (trainer.project_name, trainer.experiment_name)
-        writer = MetricsWriter(run_dir, trainer.logger, *names, to_yaml(config), echo=_print_line)
+        writer = MetricsWriter(run_dir, trainer.logger, *names, to_yaml(config), first_step=done, echo=_print_line)
     say = writer.say if writer else lambda line: None
+    if folder:
+        say(f"Resuming after step {done} from {folder}")
     layout = init_model_parallel(
         device,
         tp=actor.megatron.tensor_model_parallel_size,
@@ -233,7 +261,7 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         facts,
         layout,
         actor,
-        model_folder=inputs.model_folder,
+        model_folder=str(folder or inputs.model_folder),
         temperature=rollout.temperature,
         recompute=config.actor_rollout_ref.model.enable_gradient_checkpointing,
         correction=config.algorithm.rollout_correction,
@@ -250,6 +278,9 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
             offload=config.actor_rollout_ref.ref.megatron.param_offload,
             log=say,
         )
+    training_state = TrainingState(policy)
+    if folder and state:
+        training_state.load_optimizer(folder, state.num_updates)
     policy.release_training_memory()  # vLLM measures what is free when it starts
     dtype = rollout.dtype or actor.megatron.dtype
     engine = Engine(
@@ -265,6 +296,8 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         stop_token_ids=inputs.stop_token_ids,
         greedy=get_estimator(config.algorithm.adv_estimator).needs_greedy,
     )
+    if state:
+        engine.weight_version = state.weight_version - 1  # the first sync sends the weights of that version once more
     bridge = Bridge(
         policy,
         engine,
@@ -282,7 +315,30 @@ def _build(config: Config, facts: ModelFacts, inputs: Inputs, device: torch.devi
         )
     collector = Collector(engine, pool, config.reward.max_failure_share, timer)
     learner = Learner(config, policy, reference, say)
-    return Trainer(config, learner, bridge, collector, inputs.train_prompts, inputs.val_prompts, timer, writer)
+    if state:
+        learner.load_state_dict(state.learner)
+    saver = Saver(
+        checkpoints_folder(config),
+        training_state,
+        layout,
+        side_files(model_folder(inputs.model_folder), policy.dtype),
+        keep=trainer.max_ckpt_to_keep,
+        in_background=trainer.async_save,
+        say=say,
+    )
+    return Trainer(
+        config,
+        learner,
+        bridge,
+        collector,
+        inputs.train_prompts,
+        inputs.val_prompts,
+        timer,
+        writer,
+        saver,
+        prompts_digest,
+        done,
+    )
 
 
 def _export(trainer: Trainer, model_folder: str) -> None:
@@ -298,14 +354,18 @@ def _export(trainer: Trainer, model_folder: str) -> None:
         else:
             for _ in stream:
                 pass
-    trainer.collector.close()
-    if writer is not None:
+    if writer is not None and writer.path.stat().st_size:
         from remax_megatron.plots import plot_curves
 
-        writer.close()
-        if writer.path.stat().st_size:
-            plot_curves(writer.path, run_dir / "curves.png")
-            writer.say(f"Curves: {run_dir / 'curves.png'}")
+        plot_curves(writer.path, run_dir / "curves.png")
+        writer.say(f"Curves: {run_dir / 'curves.png'}")
+
+
+def _close(trainer: Trainer) -> None:
+    """End the engine, the reward workers and the records, in step with the other ranks."""
+    trainer.collector.close()
+    if trainer.writer is not None:
+        trainer.writer.close()
     dist.barrier()  # the first rank to leave makes the launcher end the others
 
 
@@ -315,27 +375,6 @@ def _print_line(line: str) -> None:
         tqdm.write(line)
     else:
         print(line, flush=True)
-
-
-def _start_run_dir(config: Config) -> Path:
-    """Make the run's folder and save the settings; what an earlier run left is moved to previous-N/ in it."""
-    run_dir = Path(config.trainer.default_local_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if (run_dir / "metrics.jsonl").exists():
-            number = next(i for i in range(1, 10**6) if not (run_dir / f"previous-{i}").exists())
-            aside = run_dir / f"previous-{number}"
-            aside.mkdir()
-            for name in ("metrics.jsonl", "config.yaml", "curves.png", "hf"):
-                if (run_dir / name).exists():
-                    os.replace(run_dir / name, aside / name)
-        with replacing(run_dir / "config.yaml") as path:
-            path.write_text(to_yaml(config))
-    except OSError as error:
-        raise ConfigError(
-            f"trainer.default_local_dir={run_dir} cannot be written ({error}); set it to a writable folder"
-        ) from error
-    return run_dir
 
 
 def quiet_libraries() -> None:

@@ -1,4 +1,4 @@
-"""The training loop: answer, score, learn, sync (ReMax, arXiv 2310.10505), and nothing else.
+"""The training loop: answer, score, learn, sync (ReMax, arXiv 2310.10505), and a checkpoint now and then.
 
 Every rank runs it with the same arguments. Building the parts, starting and ending a run is run.py.
 """
@@ -14,20 +14,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from remax_megatron.atomic import replacing
+from remax_megatron.checkpoint.folders import RunState
+from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset, batches
 from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
 from remax_megatron.evaluation import validate
 from remax_megatron.learner import Learner
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
-from remax_megatron.rollout.bridge import Bridge
+from remax_megatron.rollout.bridge import Bridge, SyncReport
 from remax_megatron.rollout.collect import Collector
 from remax_megatron.types import Prompt, Rollout
 
 
 @dataclass
 class Trainer:
-    """The parts of a run. `writer` exists on rank 0 only."""
+    """The parts of a run. `writer` exists on rank 0 only; `done` counts the steps of the run that is gone on with."""
 
     config: Config
     learner: Learner
@@ -37,25 +39,35 @@ class Trainer:
     val_prompts: PromptDataset | None
     timer: PhaseTimer
     writer: MetricsWriter | None
+    saver: Saver
+    prompts_digest: str
+    done: int = 0
 
-    def train(self) -> None:
-        """Run all steps; collective over the world."""
+    def train(self) -> bool:
+        """Run the steps that are left; collective over the world. False when the stop file ended it before the last."""
         sync = self.bridge.sync()
-        self._log(0, {"epoch": 0, **sync_metrics(sync), **self._validate(0, due=self.config.trainer.val_before_train)})
+        if self.done == 0:
+            before = self._validate(0, due=self.config.trainer.val_before_train)
+            self._log(0, {"epoch": 0, **sync_metrics(sync), **before})
         for step, epoch, prompts in self._steps():
             with self.timer.phase("step"):
                 rollouts = self.collector.rollouts(prompts, step=step)
                 with self.timer.phase("update"):
-                    learned = self.learner.learn(rollouts, f"Epoch {epoch}, Step {step}")
+                    learned = self.learner.learn(rollouts, f"Epoch {epoch}, Step {step}", step)
                 with self.timer.phase("sync"):
                     sync = self.bridge.sync()
             times = self.timer.pop()
             metrics = {"epoch": epoch, **rollout_metrics(rollouts, learned.rows), **update_metrics(learned.updates)}
             metrics |= learned.metrics | sync_metrics(sync) | times
             metrics |= throughput_metrics(rollouts, learned.updates, times)
-            metrics |= self._validate(step, due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
+            validation = self._validate(step, due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
             self._dump(step, rollouts)
-            self._log(step, metrics)
+            self._log(step, metrics | validation)
+            if not self._checkpoint(step, sync, validation.get("val/accuracy")):
+                return False
+        with self.timer.phase("checkpoint"):
+            self.saver.finish()
+        return True
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -75,17 +87,52 @@ class Trainer:
         return steps if limit is None else min(steps, limit)
 
     def _steps(self) -> Iterator[tuple[int, int, list[Prompt]]]:
-        """(step, epoch, prompts), both counted from 1, under one progress bar per epoch."""
+        """(step, epoch, prompts) of what is left to do, both counted from 1, under one progress bar per epoch."""
         data, trainer = self.config.data, self.config.trainer
-        step = 0
-        for epoch in range(1, self.num_epochs + 1):
+        step = self.done
+        for epoch in range(step // self.steps_per_epoch + 1, self.num_epochs + 1):
             order = batches(len(self.train_prompts), data.train_batch_size, trainer.seed, epoch, data.shuffle)
-            order = order[: self.num_steps - step]
-            title = f"Epoch {epoch}/{self.num_epochs}"
+            first = (epoch - 1) * self.steps_per_epoch
+            order = order[: self.num_steps - first]
+            begun = step - first
             often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs no animation
-            for batch in tqdm(order, title, unit="step", disable=self.writer is None, mininterval=often):
+            title, hidden = f"Epoch {epoch}/{self.num_epochs}", self.writer is None
+            steps = tqdm(
+                order[begun:], title, len(order), initial=begun, unit="step", disable=hidden, mininterval=often
+            )
+            for batch in steps:
                 step += 1
                 yield step, epoch, [self.train_prompts[i] for i in batch]
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _checkpoint(self, step: int, sync: SyncReport, accuracy: float | None) -> bool:
+        """Save when it is time to, or asked for; False when the run shall end. Its time counts to the next step."""
+        trainer = self.config.trainer
+        with self.timer.phase("checkpoint"):
+            stop = self.saver.any_rank(self.writer is not None and Path(trainer.stop_file).exists())
+            due = trainer.save_freq > 0 and (step == self.num_steps or _every(trainer.save_freq, step))
+            if due or stop:
+                self.saver.save(self._state(step, sync, accuracy), in_background=False if stop else None)
+            else:
+                self.saver.poll()
+        if stop and self.writer is not None:
+            Path(trainer.stop_file).unlink(missing_ok=True)
+            self.writer.say(
+                f"Stopped after step {step}, as {trainer.stop_file} asks; the same command goes on from here"
+            )
+        return not stop or step == self.num_steps
+
+    def _state(self, step: int, sync: SyncReport, accuracy: float | None) -> RunState:
+        return RunState(
+            step=step,
+            num_updates=self.learner.policy.num_updates,
+            weight_version=sync.weight_version,
+            learner=self.learner.state_dict(),
+            train_prompts=self.prompts_digest,
+            config=asdict(self.config),
+            accuracy=accuracy,
+        )
 
     # -- records ---------------------------------------------------------------------------------------------------
 

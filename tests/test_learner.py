@@ -32,10 +32,10 @@ class Recorder:
     def num_computed_tokens(self, rows: list[Row], batch: list[int]) -> int:
         return sum(rows[i].num_tokens for i in batch)
 
-    def update(self, rows: list[Row], schedule, reference) -> SimpleNamespace:
+    def update(self, rows: list[Row], schedule, reference, mismatch_limit) -> SimpleNamespace:
         self.updates.append([(row.response_ids[0], row.weight, row.old_logprobs) for row in rows])
         tokens = sum(row.num_tokens for row in rows)
-        return SimpleNamespace(num_tokens=tokens, num_computed_tokens=tokens)
+        return SimpleNamespace(num_tokens=tokens, num_computed_tokens=tokens, skipped="")
 
 
 def completion(first: int, length: int, reward: float) -> Completion:
@@ -65,7 +65,12 @@ def test_rows_without_advantage_are_left_out_but_counted() -> None:
     assert policy.updates == [[(10, 1 / 8, None), (12, 1 / 8, None)]]
     assert policy.scored == reference.scored == []  # one update: every ratio is 1
     # Rows of 4, 6, 2 and 2 tokens, of which 6 are trained.
-    assert learned.metrics == {"batch/left_out_token_share": pytest.approx(8 / 14), "batch/shared_token_share": 0.0}
+    assert learned.metrics == {
+        "batch/left_out_token_share": pytest.approx(8 / 14),
+        "batch/shared_token_share": 0.0,
+        "guard/nonfinite_updates": 0,
+        "guard/nonfinite_in_a_row": 0,
+    }
     assert len(learned.rows) == 4
 
 

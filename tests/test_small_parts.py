@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -111,9 +112,11 @@ def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update()
             "kl",
         ]
         values = {name: x + i for i, name in enumerate(names)}
-        return SimpleNamespace(**values, num_microbatches=num_microbatches, importance={"importance/mean": x})
+        return SimpleNamespace(
+            **values, num_microbatches=num_microbatches, importance={"importance/mean": x}, skipped=""
+        )
 
-    assert update_metrics([result(0.0, 3), result(1.0, 4)]) == {
+    expected = {
         "actor/loss": 0.5,
         "actor/grad_norm": 1.5,
         "actor/lr": 10.0,  # the last step's
@@ -130,6 +133,12 @@ def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update()
         "actor/kl": 11.5,
         "importance/mean": 0.0,  # the first step's
     }
+    assert update_metrics([result(0.0, 3), result(1.0, 4)]) == expected
+    skipped = result(math.nan, 2)  # is in no mean, but its micro-batches were computed
+    skipped.skipped = "nonfinite"
+    with_skipped = update_metrics([result(0.0, 3), skipped, result(1.0, 4)])
+    assert with_skipped == expected | {"batch/num_microbatches": 9}
+    assert math.isnan(update_metrics([skipped])["actor/loss"]) and update_metrics([skipped])["actor/num_updates"] == 0
     assert update_metrics([]) == {"actor/loss": 0.0, "actor/grad_norm": 0.0, "actor/num_updates": 0}
 
 

@@ -45,6 +45,8 @@ PATHS = (
     "trainer.default_local_dir",
     "trainer.rollout_data_dir",
     "trainer.validation_data_dir",
+    "trainer.resume_from_path",
+    "trainer.stop_file",
     "custom_reward_function.path",
 )
 ACTOR = "actor_rollout_ref.actor"

@@ -41,7 +41,7 @@ KL_KINDS = (*_SAMPLED_KL, "full", *(f"{name}+" for name in _SAMPLED_KL))
 CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.truncation": (("error", "left", "right"), ""),
     "trainer.device": (("auto", "cuda", "cpu"), ""),
-    "trainer.resume_mode": (("disable",), "checkpoints are not offered by this version"),
+    "trainer.resume_mode": (("auto", "disable", "path"), ""),
     "algorithm.adv_estimator": (("remax", "rloo", "grpo", "reinforce", "reward_softmax"), ""),
     "algorithm.kl_reward_mode": (("to_go", "one_step"), ""),
     "algorithm.rollout_correction.rollout_is": ((None, "token", "sequence"), ""),
@@ -88,6 +88,7 @@ POSITIVE = (
     f"{ROLLOUT}.kv_cache_gib",
     f"{ROLLOUT}.sync_bucket_mb",
     f"{ROLLOUT}.canary_threshold",
+    f"{ROLLOUT}.mismatch_threshold",
     f"{ROLLOUT}.val_kwargs.n",
     "reward.num_workers",
     "reward.timeout_s",
@@ -101,6 +102,9 @@ POSITIVE = (
     "trainer.total_epochs",
     "trainer.total_training_steps",
     "trainer.collective_timeout_s",
+    "trainer.watchdog_timeout_s",
+    "trainer.max_nonfinite_updates",
+    "trainer.max_ckpt_to_keep",
 )
 NOT_NEGATIVE = (
     f"{ACTOR}.optim.lr_warmup_steps",
@@ -353,11 +357,12 @@ def shared_prompts_are_packed_by_tokens(setup: Setup) -> None:
         )
 
 
-def checkpoints_are_off(setup: Setup) -> None:
-    if setup.config.trainer.save_freq > 0:
+def resumed_checkpoint_is_named(setup: Setup) -> None:
+    trainer = setup.config.trainer
+    if trainer.resume_mode == "path" and not trainer.resume_from_path:
         raise ConfigError(
-            f"trainer.save_freq={setup.config.trainer.save_freq}: checkpoints are not offered by this version;"
-            " set trainer.save_freq=-1"
+            "trainer.resume_mode=path needs trainer.resume_from_path; set it to a checkpoint's folder, or"
+            " resume_mode=auto"
         )
 
 
@@ -687,6 +692,15 @@ def greedy_validation_temperature(setup: Setup) -> Iterator[str]:
         yield f"{ROLLOUT}.val_kwargs.temperature={val.temperature} has no effect: do_sample=False is greedy"
 
 
+def resume_path_without_mode(setup: Setup) -> Iterator[str]:
+    trainer = setup.config.trainer
+    if trainer.resume_from_path and trainer.resume_mode != "path":
+        yield (
+            f"trainer.resume_from_path={trainer.resume_from_path} has no effect: resume_mode={trainer.resume_mode};"
+            " it is read with resume_mode=path"
+        )
+
+
 def critic_warmup(setup: Setup) -> Iterator[str]:
     if setup.config.trainer.critic_warmup:
         yield f"trainer.critic_warmup={setup.config.trainer.critic_warmup} has no effect: ReMax has no critic"
@@ -735,7 +749,7 @@ RULES: tuple[Callable[[Setup], None], ...] = (
     one_correction_of_the_mismatch,
     kl_controller_can_move,
     shared_prompts_are_packed_by_tokens,
-    checkpoints_are_off,
+    resumed_checkpoint_is_named,
     packing_is_on,
     no_code_from_model_folders,
     context_parallelism_is_off,
@@ -770,6 +784,7 @@ REMARKS: tuple[Callable[[Setup], Iterator[str]], ...] = (
     reinforce_has_no_ratio,
     settings_of_the_other_device,
     greedy_validation_temperature,
+    resume_path_without_mode,
     critic_warmup,
     unused_micro_batch_size,
     no_validation_data,

@@ -150,6 +150,7 @@ class RolloutConfig:
     enforce_eager: bool = False
     sync_bucket_mb: int = 512  # weight sync: bytes of one rank's share of a flattened bucket, MiB
     canary_threshold: float | None = None  # None: 1e-4 (maximum, float32) or 2e-2 (mean, bfloat16)
+    mismatch_threshold: float | None = None  # mean |engine - policy| of a batch, nats; None: 1e-3 (float32), 0.2 (bf16)
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)
 
 
@@ -201,16 +202,22 @@ class Trainer:
     seed: int = 1
     total_epochs: int = 1
     total_training_steps: int | None = None  # stops earlier than total_epochs
-    save_freq: int = -1
+    save_freq: int = -1  # a checkpoint every so many steps and at the end of the run; -1: none
+    max_ckpt_to_keep: int = 3  # the newest; the best by validation is kept beside them
+    async_save: bool = False  # write checkpoints from a copy in host memory while training goes on
     test_freq: int = -1
     val_before_train: bool = True
     default_local_dir: str = "runs/${trainer.project_name}/${trainer.experiment_name}"
-    resume_mode: str = "disable"
+    resume_mode: str = "auto"  # auto: the newest sound checkpoint of default_local_dir, if any | disable | path
+    resume_from_path: str | None = None  # the checkpoint, or the folder of checkpoints, for resume_mode=path
+    stop_file: str = "${trainer.default_local_dir}/stop"  # when it appears, the run saves after the step and ends
     critic_warmup: int = 0
     device: str = "auto"  # auto | cuda | cpu
     rollout_data_dir: str | None = None  # dump every rollout batch as JSONL
     validation_data_dir: str | None = None  # dump the answers of every validation as JSONL
     collective_timeout_s: int = 1800
+    watchdog_timeout_s: int = 1800  # a rank that is longer in one phase, or at one micro-batch, ends the run
+    max_nonfinite_updates: int = 3  # in a row, each skipped, before the run stops
     export_hf: bool = True  # write the final policy as a Hugging Face folder to default_local_dir/hf
 
 

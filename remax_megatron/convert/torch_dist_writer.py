@@ -16,17 +16,9 @@ from typing import Any, cast
 
 import torch
 
+from remax_megatron.model.torch_dist import EXTRA_STATES
 from remax_megatron.model.weight_table import FINAL_NORM
 
-# Megatron asks for these objects of every layer when it loads; without FP8 they hold None. The last one is asked for by
-# Transformer Engine's attention up to megatron-core 0.14; what a model does not ask for is not read.
-EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-    "self_attention.core_attention",
-)
 ITEM_ALIGNMENT = 64  # bytes; torch.save aligns the data to it within an item
 
 

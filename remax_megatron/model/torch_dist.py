@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from remax_megatron.model.hf_folder import FolderError
-from remax_megatron.model.mapped import Extent
+from remax_megatron.model.mapped import Extent, MappedFiles
 from remax_megatron.model.weight_table import WeightEntry
 
 # Megatron's local layers are saved under the names of Transformer Engine's fused ones
@@ -34,7 +34,17 @@ SAVED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+# Megatron asks for these objects of every layer when it loads; without FP8 they hold None. The last one is asked for by
+# Transformer Engine's attention up to megatron-core 0.14; what a model does not ask for is not read.
+EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "self_attention.core_attention",
+)
 AGAIN = "copy the checkpoint again, or save it again"
+ITEM_PACKAGES = ("torch", "collections", "_codecs")
 ITEM_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     zipfile.BadZipFile,
@@ -136,6 +146,7 @@ class TorchDist:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._data_starts: dict[Chunk, int] = {}
+        self._objects: list[Chunk] = []  # what Megatron saves beside tensors; nothing here reads their content
         formats = self._formats()
         if formats.get("sharded_backend") != "torch_dist":
             raise FolderError(
@@ -150,7 +161,7 @@ class TorchDist:
             raise FolderError(f"{path} cannot be read: {error}; {AGAIN}") from error
         try:
             self.tensors = self._tensors(index)
-        except (AttributeError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, TypeError, ValueError, LookupError) as error:
             raise FolderError(
                 f"{path} is not the index of a checkpoint: {type(error).__name__}: {error}; {AGAIN}"
             ) from error
@@ -177,7 +188,8 @@ class TorchDist:
         tensors = {}
         for key, stored in index.state_dict_metadata.items():
             if not hasattr(stored, "chunks"):
-                continue  # an object
+                self._objects.append(Chunk((), (), *places[key, ()]))
+                continue
             dtype = stored.properties.state[0] if hasattr(stored.properties, "state") else stored.properties.dtype
             if not isinstance(dtype, torch.dtype):
                 raise TypeError(f"{key} has no type")
@@ -228,6 +240,33 @@ class TorchDist:
             ]
             row = end
         return extents
+
+    def read_rows(self, key: str, layer: int | None, start: int, stop: int, files: MappedFiles) -> torch.Tensor:
+        """A copy of rows `start` to `stop` of `key`, whole in the other dimensions."""
+        tensor = self.tensors[key]
+        data = bytearray()
+        for extent in self.rows(key, layer, start, stop):
+            data += files.read(extent)
+            files.release(extent)
+        dims = tensor.shape[1:] if layer is None else tensor.shape[2:]
+        return torch.frombuffer(data, dtype=tensor.dtype).reshape(stop - start, *dims)
+
+    def check_pickles(self) -> None:
+        """FolderError when a pickle in the folder names what no checkpoint needs, though nothing here would run it."""
+        for key, tensor in self.tensors.items():
+            for chunk in tensor.chunks:
+                self.data_start(key, chunk, tensor.dtype)
+        common = self.folder / "common.pt"
+        for chunk in (*self._objects, Chunk((), (), str(common), 0, common.stat().st_size)):
+            try:
+                with _Window(chunk.path, chunk.start, chunk.size) as window, zipfile.ZipFile(window) as archive:
+                    for name in archive.namelist():
+                        if name.endswith(".pkl"):
+                            _unpickle(io.BytesIO(archive.read(name)), chunk.path, ITEM_PACKAGES)
+            except FolderError:
+                raise
+            except ITEM_ERRORS as error:
+                raise FolderError(f"{chunk.path} is damaged at byte {chunk.start}: {error}; {AGAIN}") from error
 
     def data_start(self, key: str, chunk: Chunk, dtype: torch.dtype) -> int:
         """Where in the file the chunk's raw bytes begin. FolderError when the item is not the tensor it should be."""
@@ -284,9 +323,7 @@ def _find_data(chunk: Chunk, dtype: torch.dtype) -> int:
     """ValueError when the item holds no contiguous little-endian tensor of the chunk's shape and type."""
     with _Window(chunk.path, chunk.start, chunk.size) as window, zipfile.ZipFile(window) as archive:
         records = {record.filename.split("/", 1)[1]: record for record in archive.infolist()}
-        tensor = _unpickle(
-            io.BytesIO(archive.read(records["data.pkl"])), chunk.path, ("torch", "collections", "_codecs")
-        )
+        tensor = _unpickle(io.BytesIO(archive.read(records["data.pkl"])), chunk.path, ITEM_PACKAGES)
         if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
             raise ValueError("its bytes are not in little-endian order")
         (_, storage, key, *_), offset, shape, stride = tensor.args[:4]

@@ -146,20 +146,50 @@ def row_runs(entry: WeightEntry, facts: ModelFacts) -> list[RowRun]:
     Between whole tensors the table only moves rows, so a converter can copy bytes. Found by sending row numbers
     through `to_megatron`.
     """
-    numbers, names, first = {}, [], 1  # 0 is what padding is filled with
-    for name, (rows, *rest) in zip(entry.hf_names, entry.hf_shapes, strict=True):
-        numbers[name] = torch.arange(first, first + rows).reshape(rows, *(1 for _ in rest))
-        names.append((first, name))
-        first += rows + 1  # the gap keeps runs of two tensors apart
+    numbers, names = _numbered_rows(entry)
     order = to_megatron(entry, numbers, facts, 1, 0).flatten()
-    ends = [*((order.diff() != 1).nonzero().flatten() + 1).tolist(), len(order)]
     runs = []
-    for start, end in zip([0, *ends], ends, strict=False):
+    for start, end in _consecutive(order):
         number = int(order[start])
         if number:
             base, name = max(pair for pair in names if pair[0] <= number)
             runs.append(RowRun(name, number - base, start, end - start))
     return runs
+
+
+def shard_runs(entry: WeightEntry, facts: ModelFacts, tp: int, tp_rank: int) -> list[tuple[int, int, int]]:
+    """(row of the shard, row of the whole tensor at TP 1, number of rows) of what rank `tp_rank` of `tp` holds.
+
+    Padding rows are in no run. The shard of a "row" entry has all rows, and the columns from tp_rank x its width on.
+    """
+    if entry.kind in ("replicated", "row"):
+        return [(0, 0, entry.hf_shapes[0][0])]
+    numbers, _ = _numbered_rows(entry)
+    whole = to_megatron(entry, numbers, facts, 1, 0).flatten()
+    mine = to_megatron(entry, numbers, facts, tp, tp_rank).flatten()
+    row_of = torch.zeros(int(whole.max()) + 1, dtype=torch.int64)
+    row_of[whole] = torch.arange(len(whole))
+    rows = row_of[mine].where(mine != 0, -1)
+    return [(start, int(rows[start]), end - start) for start, end in _consecutive(rows) if rows[start] >= 0]
+
+
+def _numbered_rows(entry: WeightEntry) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
+    """Hugging Face tensors of `entry` that hold the numbers of their rows, and the first number of each tensor.
+
+    0 is left to padding, and a gap keeps the runs of two tensors apart.
+    """
+    numbers, names, first = {}, [], 1
+    for name, (rows, *rest) in zip(entry.hf_names, entry.hf_shapes, strict=True):
+        numbers[name] = torch.arange(first, first + rows).reshape(rows, *(1 for _ in rest))
+        names.append((first, name))
+        first += rows + 1
+    return numbers, names
+
+
+def _consecutive(order: Tensor) -> list[tuple[int, int]]:
+    """(start, end) of the stretches in which the numbers of `order` rise by 1."""
+    ends = [*((order.diff() != 1).nonzero().flatten() + 1).tolist(), len(order)]
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def shard_shape(entry: WeightEntry, facts: ModelFacts, tp: int) -> tuple[int, ...]:

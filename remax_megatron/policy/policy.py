@@ -6,7 +6,6 @@ share of the micro-batches, and results come back on every rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Actor, RolloutCorrection
+from remax_megatron.guards import MADE, VERDICTS, forbidden
 from remax_megatron.model.weights import WeightStream
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
@@ -53,7 +53,9 @@ _MAXIMA = ("mismatch_abs", "importance")
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step. Means are per response token that was trained on; `mismatch_*` compare the engine's
+    """One optimizer step, or what forbade it: `skipped` is "" or one of guards.VERDICTS, equal on all ranks, and then
+    no weight, moment or counter has changed; `nonfinite_rows` are those with a loss that is not finite, by their place
+    in the update. Means are per response token that was trained on; `mismatch_*` compare the engine's
     logprobs with the policy's before the step (nats); `kl` is that of the loss, 0 without one; `fill` is tokens / what
     the micro-batches could hold, 0 to 1. `num_computed_tokens` counts a shared prompt once, `num_tokens` with every
     answer. `importance` holds the metrics of the importance weights, where there are any."""
@@ -75,6 +77,8 @@ class UpdateResult:
     num_microbatches: int
     fill: float
     importance: dict[str, float] = field(default_factory=dict)
+    skipped: str = MADE
+    nonfinite_rows: list[int] = field(default_factory=list)
 
 
 class Policy(PackedModel):
@@ -161,12 +165,18 @@ class Policy(PackedModel):
         )
 
     def update(
-        self, rows: Sequence[Row], schedule: Schedule | None = None, reference: Reference | None = None
+        self,
+        rows: Sequence[Row],
+        schedule: Schedule | None = None,
+        reference: Reference | None = None,
+        mismatch_limit: float | None = None,
     ) -> UpdateResult:
         """One optimizer step on `rows`, whose `weight` the caller has set from the whole update (`weigh_rows`).
 
-        `reference` is needed where the loss has the full KL. Collective: all ranks, same rows, same `schedule` (None:
-        `self.schedule(rows)`).
+        No step is made, and the result says so, when the loss or the gradient is not finite, or when the mean of
+        |engine - policy| (nats) is over `mismatch_limit`, to be given only while the policy's weights are those that
+        wrote the answers. `reference` is needed where the loss has the full KL. Collective: all ranks, same rows, same
+        `schedule` (None: `self.schedule(rows)`).
         """
         schedule = self.schedule(rows) if schedule is None else schedule
         full = self.actor.use_kl_loss and self.actor.kl_loss_type == "full"
@@ -176,11 +186,13 @@ class Policy(PackedModel):
             states = reference.hidden_states(rows, schedule)
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.layout.device)
         maxima = torch.zeros(len(_MAXIMA), dtype=torch.float64, device=self.layout.device)
+        finite: list[tuple[list[int], list[int], Tensor]] = []  # rows, their lengths, is the token's loss finite [R]
 
         def loss(batch: PackedBatch, scored: Scored) -> Tensor:
             kl_R = self._full_kl(batch, scored, reference, states) if reference is not None and full else None
-            total, batch_sums, batch_maxima = self._loss(batch, scored.logprob_R, scored.entropy_R, kl_R)
+            total, finite_R, batch_sums, batch_maxima = self._loss(batch, scored.logprob_R, scored.entropy_R, kl_R)
             if self.layout.speaks_for_replica and scored.logprob_R.numel():
+                finite.append((batch.rows, batch.response_lengths, finite_R))
                 sums.add_(batch_sums)
                 torch.maximum(maxima, batch_maxima, out=maxima)
             return total
@@ -196,9 +208,9 @@ class Policy(PackedModel):
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         total = dict(zip(_SUMS, sums.tolist(), strict=True))
         maximum = dict(zip(_MAXIMA, maxima.tolist(), strict=True))
-        grad_norm = self._step(loss=total["loss"])
         num_response_tokens = sum(len(row.response_ids) for row in rows)
         mean = {name: value / num_response_tokens for name, value in total.items()}
+        grad_norm, skipped = self._step(total["loss"], mean["mismatch_abs"], mismatch_limit)
         num_computed = sum(self.num_computed_tokens(rows, batch) for rank in schedule for batch in rank)
         num_microbatches = len(schedule[0])
         importance = ImportanceStats(
@@ -227,12 +239,15 @@ class Policy(PackedModel):
             num_microbatches=num_microbatches,
             fill=num_computed / (num_microbatches * self.layout.dp * self._microbatch_capacity(rows)),
             importance=importance.metrics(),
+            skipped=skipped,
+            nonfinite_rows=_rows_not_finite(finite) if skipped else [],
         )
 
     def _loss(
         self, batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor, full_kl_R: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss of the micro-batch with its gradient, sums in the order of _SUMS, maxima in that of _MAXIMA)."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss of the micro-batch with its gradient, which tokens' part of it is finite [R], sums in the order of
+        _SUMS, maxima in that of _MAXIMA)."""
         actor, correction = self.actor, self.correction
         old_R = batch.old_logprob_R
         clip = Clip(
@@ -263,7 +278,8 @@ class Policy(PackedModel):
                 assert batch.ref_logprob_R is not None, "a KL loss needs the reference's log-probabilities"
                 kl_R = token_kl(logprob_R, batch.ref_logprob_R, actor.kl_loss_type)
             loss_R = loss_R + actor.kl_loss_coef * kl_R
-        total = (loss_R * batch.weight_R).sum()
+        weighted_R = loss_R * batch.weight_R
+        total = weighted_R.sum()
         mismatch_R = logprob_R.detach() - batch.rollout_logprob_R
         clips = actor.policy_loss == "ppo_clip"
         sums = [total, entropy_R.sum(), clips * tokens.clipped_R.sum(), clips * tokens.dual_clipped_R.sum()]
@@ -275,22 +291,28 @@ class Policy(PackedModel):
         if logprob_R.numel():
             largest[0] = mismatch_R.abs().max()
             largest[1] = stats.largest
-        return total, torch.cat([of_tokens, of_weights]), largest
+        # A maximum with NaN may come out differently on every rank; infinity may not.
+        largest.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        return total, weighted_R.detach().isfinite(), torch.cat([of_tokens, of_weights]), largest
 
-    def _step(self, loss: float) -> float:
-        """The optimizer step; returns the gradient norm. FloatingPointError, on every rank alike and with the weights
-        untouched, when the loss or the gradient is not finite."""
+    def _step(self, loss: float, mismatch: float, mismatch_limit: float | None) -> tuple[float, str]:
+        """The optimizer step, unless it is forbidden; returns the gradient norm and the verdict (guards.VERDICTS).
+
+        The ranks agree on the verdict: one that sees a reason where others see none stops them all. Master weights,
+        moments and `num_updates` are those of steps that were made; gradients begin at 0 in every update.
+        """
         with cpu_platform.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise FloatingPointError(
-                    f"update {self.num_updates + 1}: loss {loss}, gradient norm {grad_norm}; "
-                    "the weights were not changed"
-                )
-            self.optimizer.step()
-        self.num_updates += 1
-        return grad_norm
+            verdict = torch.tensor(
+                VERDICTS.index(forbidden(loss, grad_norm, mismatch, mismatch_limit)), device=self.layout.device
+            )
+            dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+            skipped = VERDICTS[int(verdict)]
+            if skipped == MADE:
+                self.optimizer.step()
+                self.num_updates += 1
+        return grad_norm, skipped
 
     def _microbatch_capacity(self, rows: Sequence[Row]) -> int:
         """Tokens that a micro-batch could hold: the budget, or with fixed rows that many of the longest one."""
@@ -343,3 +365,16 @@ class Policy(PackedModel):
     def weight_stream(self, dtype: torch.dtype, bucket_bytes: int) -> WeightStream:
         """The weights as Hugging Face tensors of `dtype`; see `WeightStream`."""
         return WeightStream(self.bare_chunks, self.facts, self.layout, dtype, bucket_bytes)
+
+
+def _rows_not_finite(finite: Sequence[tuple[list[int], list[int], Tensor]]) -> list[int]:
+    """The rows of all ranks' micro-batches that have a token whose loss is not finite, in order. Collective."""
+    mine = [
+        row
+        for rows, lengths, finite_R in finite
+        for row, part in zip(rows, finite_R.split(lengths), strict=True)
+        if not part.all()
+    ]
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return sorted({row for part in parts for row in part})

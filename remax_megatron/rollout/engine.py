@@ -122,6 +122,9 @@ class Engine:
         self._wake("kv_cache")
         self._asleep = False
         self.weight_version += 1
+        self._reset_prefix_cache()
+
+    def _reset_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM refused to reset its prefix cache: requests are still running")
 
@@ -147,8 +150,10 @@ class Engine:
     def rollout(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
         """n sampled answers and the greedy answer for each of this replica's `prompts`; rewards not yet set.
 
-        The seed of a sample derives from (seed, step, prompt, sample). All ranks of the replica call.
+        The seed of a sample derives from (seed, step, prompt, sample). All ranks of the replica call. The prefix cache
+        starts empty: what validation left in it would change how prompts are computed, by rounding.
         """
+        self._reset_prefix_cache()
         n, num_greedy = self.config.n, int(self._with_greedy)
         requests, parameters = [], []
         for prompt in prompts:

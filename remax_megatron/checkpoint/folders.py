@@ -1,0 +1,178 @@
+"""The folder of a run's checkpoints: what lies in it, which of it is sound, what may go.
+
+    DIR/latest_checkpointed_iteration.txt    "120"
+    DIR/config.json, tokenizer files         with them the converters take DIR as a model
+    DIR/iter_0000120/.metadata, *.distcp     weights and optimizer, `torch_dist` (see policy/training_state.py)
+    DIR/iter_0000120/state.json              the rest of the run's state (RunState)
+    DIR/iter_0000120/manifest.json           size and xxh3-128 digest of every file
+    DIR/.iter_0000130.partial/               being written, or left by a run that died
+
+A digest finds damage. Forgery it does not find, but no file of a checkpoint is unpickled when it is read, and one whose
+pickles name anything but records of tensors is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from remax_megatron.atomic import replacing
+from remax_megatron.convert.manifest import MANIFEST
+from remax_megatron.errors import UserError
+from remax_megatron.model.megatron_folder import TRACKER
+from remax_megatron.model.torch_dist import TorchDist
+
+STATE = "state.json"
+FORMAT = 1
+READ_BYTES = 16 * 2**20
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or cannot be gone on from."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run is beside its weights and optimizer state. `step` counts finished steps; the data's position, the
+    seeds of sampling and the learning rate follow from it and from `config`."""
+
+    step: int
+    num_updates: int
+    weight_version: int
+    learner: dict[str, Any]
+    train_prompts: str  # digest of the training prompts in their order
+    config: dict[str, Any]
+    accuracy: float | None = None  # of the validation after `step`, when there was one
+    format: int = field(default=FORMAT)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+
+def iteration_folder(root: Path, step: int) -> Path:
+    return root / f"iter_{step:07d}"
+
+
+def partial_folder(root: Path, step: int) -> Path:
+    return root / f".iter_{step:07d}.partial"
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Steps of the checkpoints in `root`, the newest first."""
+    found = (re.fullmatch(r"iter_(\d+)", path.name) for path in root.glob("iter_*"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def read_state(folder: Path) -> RunState:
+    """CheckpointError when `folder` holds no state of a run, or a damaged one."""
+    path = folder / STATE
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {content['format']}, this version reads {FORMAT}")
+        return RunState(**content)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of a run: it has no {STATE}; a model's folder belongs in "
+            "actor_rollout_ref.model.path"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+# Digests -------------------------------------------------------------------------------------------------------------
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """{"bytes", "digest"} of a file."""
+    state, size = xxhash.xxh3_128(), 0
+    with open(path, "rb") as file:
+        while data := file.read(READ_BYTES):
+            state.update(data)
+            size += len(data)
+    return {"bytes": size, "digest": state.hexdigest()}
+
+
+def write_manifest(folder: Path, records: dict[str, dict[str, Any]]) -> None:
+    content = {"digest": "xxh3_128", "tensors": {}, "files": records}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def check_files(folder: Path, part: int = 0, num_parts: int = 1) -> None:
+    """CheckpointError, naming the file, when the checkpoint in `folder` is not what its manifest says.
+
+    Sizes are compared of all files, contents of every `num_parts`-th file from number `part` on; part 0 also looks into
+    the pickles.
+    """
+    path = folder / MANIFEST
+    try:
+        records = json.loads(path.read_text())["files"]
+        expected = {name: (record["bytes"], record["digest"]) for name, record in sorted(records.items())}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing: {folder} is no checkpoint of a run, or was not copied whole"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    for name, (size, _) in expected.items():
+        file = folder / name
+        if file.parent != folder or not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(
+                f"{file} has {file.stat().st_size} bytes, {MANIFEST} says {size}: it was cut or changed"
+            )
+    if unknown := {file.name for file in folder.iterdir()} - expected.keys() - {MANIFEST}:
+        raise CheckpointError(f"{folder / min(unknown)} is not in {MANIFEST}: it does not belong there")
+    for number, (name, (_, recorded)) in enumerate(expected.items()):
+        if number % num_parts == part and file_record(folder / name)["digest"] != recorded:
+            raise CheckpointError(f"{folder / name} is not what {MANIFEST} says: it was damaged or changed")
+    if part == 0:
+        TorchDist(folder).check_pickles()
+
+
+# What is kept --------------------------------------------------------------------------------------------------------
+
+
+def best_step(root: Path) -> int | None:
+    """The step with the highest validation accuracy among the checkpoints; of equal ones the first."""
+    accuracies = {}
+    for step in saved_steps(root):
+        try:
+            accuracies[step] = read_state(iteration_folder(root, step)).accuracy
+        except CheckpointError:
+            continue  # a damaged one is no best one
+    judged = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
+    return max(judged, key=lambda step: (judged[step], -step)) if judged else None
+
+
+def prune(root: Path, keep: int) -> list[int]:
+    """Remove all but the newest `keep` checkpoints and the best one by validation; returns the removed steps."""
+    steps, best = saved_steps(root), best_step(root)
+    removed = [step for step in steps[keep:] if step != best]
+    for step in removed:
+        # First out of sight, so that a half-removed one is never taken for a checkpoint.
+        folder = iteration_folder(root, step)
+        doomed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return removed
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what runs that died left half-written."""
+    for path in (*root.glob(".iter_*.partial"), *root.glob(".iter_*.removed")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def write_tracker(root: Path, step: int) -> None:
+    with replacing(root / TRACKER) as path:
+        path.write_text(f"{step}\n")

@@ -1,0 +1,154 @@
+"""Going on with a run: which checkpoint, whether it is sound, and whether the settings still mean the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from remax_megatron.checkpoint.folders import (
+    CheckpointError,
+    RunState,
+    check_files,
+    iteration_folder,
+    read_state,
+    remove_leftovers,
+    saved_steps,
+)
+from remax_megatron.config.load import known_keys
+from remax_megatron.config.rules import value_of
+from remax_megatron.config.schema import Config
+from remax_megatron.errors import UserError
+from remax_megatron.model.megatron_folder import checkpoint_folder
+
+# Settings that may change when a run is gone on with: where and how fast it computes, how long, what it shows. Groups
+# end with a dot. All others say what is computed.
+FREE = (
+    "trainer.",
+    "actor_rollout_ref.model.enable_gradient_checkpointing",
+    "actor_rollout_ref.actor.use_dynamic_bsz",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    "actor_rollout_ref.actor.skip_zero_advantage",  # exact, where it is allowed
+    "actor_rollout_ref.actor.share_prompts",
+    "actor_rollout_ref.actor.fsdp_config.",
+    "actor_rollout_ref.actor.megatron.",
+    "actor_rollout_ref.ref.",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.max_num_seqs",
+    "actor_rollout_ref.rollout.max_num_batched_tokens",
+    "actor_rollout_ref.rollout.kv_cache_gib",
+    "actor_rollout_ref.rollout.enforce_eager",
+    "actor_rollout_ref.rollout.sync_bucket_mb",
+    "actor_rollout_ref.rollout.canary_threshold",
+    "actor_rollout_ref.rollout.mismatch_threshold",
+    "actor_rollout_ref.rollout.val_kwargs.",
+    "data.train_files",  # the prompts themselves are compared
+    "data.val_files",
+    "data.val_batch_size",
+    "data.val_max_samples",
+    "reward.",
+)
+FIXED = ("trainer.seed", "actor_rollout_ref.actor.megatron.dtype")  # though of a free group
+
+
+def find_checkpoint(config: Config, root: Path, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
+    """The checkpoint to go on from, None for a new run. Collective over the world; the same on every rank.
+
+    trainer.resume_mode=auto takes the newest sound checkpoint in `root`, saying why newer ones are passed over;
+    path takes exactly the one that is named. CheckpointError when there are checkpoints but none is sound.
+    """
+    trainer = config.trainer
+    if trainer.resume_mode == "disable":
+        return None
+    if trainer.resume_mode == "path":
+        assert trainer.resume_from_path is not None  # a rule
+        named = _from_first_rank(lambda: str(_named_checkpoint(Path(trainer.resume_from_path or ""))))
+        candidates = [Path(named)]
+    else:
+        steps = _from_first_rank(lambda: _steps_without_leftovers(root))
+        candidates = [iteration_folder(root, step) for step in steps]
+    problems = []
+    for folder in candidates:
+        problem = _problem(folder)
+        if problem is None:
+            return folder, read_state(folder)
+        problems.append(problem)
+        if folder != candidates[-1]:
+            say(f"{problem}: passed over, an earlier checkpoint is tried")
+    if not problems:
+        return None
+    mend = "name another checkpoint" if trainer.resume_mode == "path" else "no other one is sound"
+    raise CheckpointError(
+        f"trainer.resume_mode={trainer.resume_mode}: {problems[-1]}; {mend}, or set trainer.resume_mode=disable to "
+        "begin anew"
+    )
+
+
+def check_same_run(state: RunState, config: Config, train_prompts: str) -> None:
+    """CheckpointError when `config` would make another run of the one that `state` is of; names the keys."""
+    differing = []
+    for key in known_keys():
+        if key in FIXED or not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE):
+            saved, now = _saved_value(state.config, key), value_of(config, key)
+            if saved != now:
+                differing.append(f"{key} (was {saved}, is {now})")
+    if state.train_prompts != train_prompts:
+        differing.append(f"the prompts of data.train_files={config.data.train_files} (other ones, or in another order)")
+    if differing:
+        raise CheckpointError(
+            f"trainer.resume_mode={config.trainer.resume_mode}: the checkpoint of step {state.step} is of another run: "
+            f"{'; '.join(differing)}. Set them as they were, or begin anew with trainer.resume_mode=disable or another "
+            "trainer.default_local_dir"
+        )
+
+
+def _saved_value(saved: dict[str, Any], key: str) -> Any:
+    """A key that the saved settings do not have yet had its default."""
+    value: Any = saved
+    for name in key.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return value_of(Config(), key)
+        value = value[name]
+    return value
+
+
+def _named_checkpoint(path: Path) -> Path:
+    if not path.is_dir():
+        raise CheckpointError(f"trainer.resume_from_path={path} is not a folder; name a checkpoint")
+    return checkpoint_folder(path)
+
+
+def _steps_without_leftovers(root: Path) -> list[int]:
+    remove_leftovers(root)
+    return saved_steps(root)
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with the checkpoint, the same on every rank; each reads its share of the files."""
+    mine = None
+    try:
+        read_state(folder)
+        check_files(folder, dist.get_rank(), dist.get_world_size())
+    except (UserError, OSError) as error:
+        mine = str(error)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return next((problem for problem in found if problem is not None), None)
+
+
+def _from_first_rank(make: Callable[[], Any]) -> Any:
+    """What `make` returns on rank 0, on every rank; its UserError is raised on every rank."""
+    answer: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = make()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise CheckpointError(answer[1])
+    return answer[0]

@@ -1,0 +1,253 @@
+"""Writing a checkpoint with `megatron.core.dist_checkpointing`: aside, then renamed; at once or beside the training.
+
+A save has three parts. `begin` plans it (collective) and takes the state as it is; the files are written by each rank
+for itself, in `begin` or in a thread; `finish` (collective) gathers what was written, adds state.json and the manifest,
+renames the folder and prunes. Whatever fails on any rank ends the run on all of them, with the folder removed and the
+checkpoints before it untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from remax_megatron.atomic import fsync_path
+from remax_megatron.checkpoint.folders import (
+    STATE,
+    CheckpointError,
+    RunState,
+    file_record,
+    iteration_folder,
+    partial_folder,
+    prune,
+    remove_leftovers,
+    write_manifest,
+    write_tracker,
+)
+from remax_megatron.parallel.layout import Layout
+from remax_megatron.policy.training_state import TrainingState
+
+ROOM_FOR_INDEX = 64 * 2**20  # bytes beside the tensors: index, manifest, rounding
+
+
+class _InThisProcess(TorchDistSaveShardedStrategy):
+    """Megatron's strategy, but the files are written by the caller's thread and not by processes that it starts.
+
+    Those cost seconds per save, and a fork of a process that holds a GPU, an engine and threads. megatron-core 0.16.1.
+    """
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        if request.async_fn is None:  # nothing to write on this rank
+            return request
+        _, buckets, results = request.async_fn_args
+        transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+        write = functools.partial(_write_buckets, transforms)
+        return AsyncRequest(write, (results, buckets), request.finalize_fns, preload_fn=request.preload_fn)
+
+
+def _write_buckets(transforms: list, results: queue.Queue, buckets: list) -> None:
+    """Write one file per bucket; `results` gets what Megatron's finalisation asks for. Raises what went wrong."""
+    written: dict[int, Any] = {}
+    one: queue.Queue = queue.Queue()
+    busy: queue.Queue = queue.Queue()
+    for number, bucket in enumerate(buckets):
+        busy.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, one, busy, True)
+        _, outcome = one.get()
+        if isinstance(outcome, Exception):
+            raise outcome
+        written[number] = outcome
+    results.put(written)
+
+
+@dataclass
+class _Pending:
+    """A save between its `begin` and its `finish`."""
+
+    state: RunState
+    request: AsyncRequest
+    thread: threading.Thread | None = None
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the files that this rank wrote
+    error: str | None = None  # what kept it from writing them
+
+    def write(self) -> None:
+        """Write this rank's files and take their digests; keeps the error instead of raising it."""
+        if self.request.async_fn is None:
+            return
+        results, buckets = self.request.async_fn_args
+        buckets = self.request.preload_fn() if self.request.preload_fn is not None else buckets
+        try:
+            self.request.async_fn(results, buckets)
+            self.records |= {name: file_record(Path(path)) for path, name, _ in buckets}
+        except (OSError, RuntimeError) as error:  # torch's zip writer makes RuntimeErrors of a full disk
+            self.error = f"rank {dist.get_rank()}: {buckets[0][0]}: {error}"
+
+
+class Saver:
+    """Writes the checkpoints of a run into `root`. All methods but `is_writing` are collective over the world."""
+
+    def __init__(
+        self,
+        root: str | Path,
+        training_state: TrainingState,
+        layout: Layout,
+        side_files: dict[str, bytes],
+        *,
+        keep: int,
+        in_background: bool,
+        say: Callable[[str], None],
+    ):
+        """`side_files` are what makes `root` a model's folder; `keep` and `in_background` are trainer.max_ckpt_to_keep
+        and trainer.async_save."""
+        self.root, self._training_state, self._layout = Path(root), training_state, layout
+        self._side_files, self._keep, self._in_background, self._say = side_files, keep, in_background, say
+        self._pending: _Pending | None = None
+
+    def save(self, state: RunState, *, in_background: bool | None = None) -> None:
+        """Write the checkpoint of `state.step`; with `in_background` (None: as the run is set) only begin to.
+
+        CheckpointError, on every rank, when there is no room, or a file cannot be written.
+        """
+        self.finish()
+        background = self._in_background if in_background is None else in_background
+        blocks = self._training_state.sharded()
+        tensors = [block for block in blocks.values() if isinstance(block, ShardedTensor)]
+        num_bytes = self._total(sum(block.data.numel() * block.data.element_size() for block in tensors))
+        folder = partial_folder(self.root, state.step)
+        self._on_first_rank(lambda: self._make_room(folder, num_bytes))
+        if background:
+            for block in tensors:
+                block.data = block.data.to("cpu", copy=True)
+        self._pending = self._begin(state, blocks, folder, background)
+        if not background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Finish a save in the background once every rank has written its files. To be called at every step."""
+        if self._pending is not None and self._total(int(self.is_writing)) == 0:
+            self.finish()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes."""
+        pending = self._pending
+        return pending is not None and pending.thread is not None and pending.thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one, and complete it. CheckpointError as `save`."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.thread is not None:
+            pending.thread.join()
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (pending.records, pending.error))
+        if errors := [error for _, error in gathered if error is not None]:
+            self._on_first_rank(lambda: self._give_up(pending.state.step, errors[0]))
+        for finalize in pending.request.finalize_fns:  # writes .metadata and metadata.json
+            finalize()
+        records = {name: record for part, _ in gathered for name, record in part.items()}
+        self._on_first_rank(lambda: self._complete(pending.state, records))
+
+    def any_rank(self, answer: bool) -> bool:
+        """Whether any rank says yes."""
+        return self._total(int(answer)) > 0
+
+    # -- the parts -------------------------------------------------------------------------------------------------
+
+    def _begin(self, state: RunState, blocks: dict, folder: Path, background: bool) -> _Pending:
+        make_queue = filesystem_async._get_write_results_queue
+        filesystem_async._get_write_results_queue = queue.Queue  # else a process of its own, to hold a queue
+        try:
+            request = dist_checkpointing.save(
+                blocks,
+                str(folder),
+                sharded_strategy=_InThisProcess("torch_dist", 1, thread_count=1),
+                validate_access_integrity=False,  # blocks of no regular grid; the reader checks that they cover all
+                async_sharded_save=True,
+                content_metadata={"singleton_local_shards": False},
+            )
+        finally:
+            filesystem_async._get_write_results_queue = make_queue
+        assert request is not None
+        pending = _Pending(state, request)
+        if background:
+            pending.thread = threading.Thread(target=pending.write, name="checkpoint", daemon=True)
+            pending.thread.start()
+        else:
+            pending.write()
+        return pending
+
+    def _make_room(self, folder: Path, num_bytes: int) -> None:
+        remove_leftovers(self.root)
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        if num_bytes + ROOM_FOR_INDEX > free:
+            raise CheckpointError(
+                f"trainer.default_local_dir: {self.root} has {free / 1e9:.2f} GB free, and a checkpoint needs "
+                f"{(num_bytes + ROOM_FOR_INDEX) / 1e9:.2f} GB; make room, or set trainer.max_ckpt_to_keep lower than "
+                f"{self._keep}"
+            )
+        folder.mkdir()
+
+    def _give_up(self, step: int, error: str) -> None:
+        shutil.rmtree(partial_folder(self.root, step), ignore_errors=True)
+        raise CheckpointError(
+            f"trainer.default_local_dir: the checkpoint of step {step} could not be written ({error}); make room or "
+            "mend the disk: the checkpoints before it are whole, and the same command goes on from the last one"
+        )
+
+    def _complete(self, state: RunState, records: dict[str, dict[str, Any]]) -> None:
+        folder, final = partial_folder(self.root, state.step), iteration_folder(self.root, state.step)
+        (folder / STATE).write_text(state.to_json())
+        for path in folder.iterdir():
+            if path.name not in records:
+                records[path.name] = file_record(path)
+        write_manifest(folder, records)
+        for path in (*folder.iterdir(), folder):
+            fsync_path(path)
+        for name, content in self._side_files.items():
+            if not (self.root / name).exists():
+                (self.root / name).write_bytes(content)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one of a run that was begun anew
+        folder.rename(final)
+        fsync_path(self.root)
+        write_tracker(self.root, state.step)
+        removed = prune(self.root, self._keep)
+        gone = f"; removed those of steps {removed}" if removed else ""
+        self._say(f"Checkpoint: {final}, {sum(r['bytes'] for r in records.values()) / 1e9:.2f} GB{gone}")
+
+    # -- all ranks together ------------------------------------------------------------------------------------------
+
+    def _on_first_rank(self, act: Callable[[], None]) -> None:
+        """Run `act` on rank 0; its CheckpointError or OSError is raised on every rank as CheckpointError."""
+        failure: list[str | None] = [None]
+        if self._layout.rank == 0:
+            try:
+                act()
+            except (CheckpointError, OSError) as error:
+                failure = [f"trainer.default_local_dir: {error}" if isinstance(error, OSError) else str(error)]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise CheckpointError(failure[0])
+
+    def _total(self, number: int) -> int:
+        """The sum over all ranks."""
+        total = torch.tensor(number, dtype=torch.int64, device=self._layout.device)
+        dist.all_reduce(total)
+        return int(total)
