@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
 from remax_megatron.model.hf_folder import side_files, write_hf_folder
 from remax_megatron.model.megatron_folder import model_folder, open_weights
-from remax_megatron.parallel import cpu_platform
+from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.rewards.pool import RewardPool
@@ -66,16 +66,26 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         for note in notes:
             print("note:", note, flush=True)
     from remax_megatron.rollout.bridge import CanaryError
+    from remax_megatron.trainer import total_steps
 
     device = init_distributed(config.trainer.device, config.trainer.collective_timeout_s)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         cpu_platform.remove_dead_shared_memory()
     cleanups: list[Callable[[], None]] = [cpu_platform.remove_own_shared_memory]
-    with ends_all_ranks(cleanup=lambda: [cleanup() for cleanup in cleanups]):
+
+    def clean_up() -> None:
+        for cleanup in cleanups:
+            cleanup()
+
+    with ends_all_ranks(clean_up):
+        watchdog.start(config.trainer.watchdog_timeout_s, clean_up)
         prompts_digest = _check_agreement(config, inputs)
         checkpoint = find_checkpoint(config, checkpoints_folder(config), print if is_first else lambda line: None)
         if checkpoint is not None:
             check_same_run(checkpoint[1], config, prompts_digest)
+            done, exported = checkpoint[1].step, (Path(config.trainer.default_local_dir) / "hf").exists()
+            if done >= total_steps(config, len(inputs.train_prompts)) and (exported or not config.trainer.export_hf):
+                _leave(f"The run is complete: {done} steps. A larger trainer.total_epochs goes on from there.")
         trainer = _build(config, facts, inputs, prompts_digest, checkpoint, device, is_first)
         if trainer.collector.pool is not None:
             cleanups.append(trainer.collector.pool.close)
@@ -88,6 +98,15 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
             _export(trainer, inputs.model_folder)
         _close(trainer)
         cpu_platform.remove_own_shared_memory()
+        _leave()
+
+
+def _leave(last_word: str | None = None) -> NoReturn:
+    """The orderly end of this process. Every rank calls."""
+    dist.barrier()  # the first rank to leave makes the launcher end the others
+    watchdog.stop()
+    if last_word is not None and dist.get_rank() == 0:
+        print(last_word)
     sys.stdout.flush()
     sys.stderr.flush()
     # vLLM and gloo tear down in an order that may wait for a peer; everything worth keeping is on disk.
@@ -306,7 +325,7 @@ def _build(
         bucket_bytes=rollout.sync_bucket_mb * 2**20,
         threshold=rollout.canary_threshold,
     )
-    timer = PhaseTimer()
+    timer = PhaseTimer(around=watchdog.phase)
     pool = None
     if engine.leads_replica:
         custom, reward = config.custom_reward_function, config.reward
@@ -362,11 +381,10 @@ def _export(trainer: Trainer, model_folder: str) -> None:
 
 
 def _close(trainer: Trainer) -> None:
-    """End the engine, the reward workers and the records, in step with the other ranks."""
+    """End the engine, the reward workers and the records."""
     trainer.collector.close()
     if trainer.writer is not None:
         trainer.writer.close()
-    dist.barrier()  # the first rank to leave makes the launcher end the others
 
 
 def _print_line(line: str) -> None:

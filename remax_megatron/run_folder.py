@@ -27,8 +27,9 @@ def checkpoints_folder(config: Config) -> Path:
 def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
     """Make the folder ready and save the settings; `resumed` is the checkpoint that is gone on from, and its step.
 
-    A checkpoint of this folder: records of later steps are dropped, they will be made again, and later checkpoints,
-    damaged or of a branch that is left, move to previous-N/. Otherwise all that an earlier run left moves there.
+    A checkpoint of this folder: records of later steps are dropped, they will be made again; later checkpoints, damaged
+    or of a branch that is left, and the result of a shorter run move to previous-N/. Otherwise all that an earlier run
+    left moves there.
     ConfigError when the folder cannot be written.
     """
     folder, checkpoints = Path(config.trainer.default_local_dir), checkpoints_folder(config)
@@ -38,7 +39,7 @@ def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
             step = resumed[1]
             truncate_metrics(folder / "metrics.jsonl", step)
             later = [iteration_folder(checkpoints, other) for other in saved_steps(checkpoints) if other > step]
-            _move_aside(folder, later)
+            _move_aside(folder, [*later, folder / "hf"])
         else:
             _move_aside(folder, [folder / name for name in RECORDS] + [checkpoints])
         with replacing(folder / "config.yaml") as path:

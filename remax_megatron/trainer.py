@@ -20,6 +20,7 @@ from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset, batches
 from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
 from remax_megatron.evaluation import validate
+from remax_megatron.gauges import process_gauges
 from remax_megatron.learner import Learner
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
 from remax_megatron.rollout.bridge import Bridge, SyncReport
@@ -60,6 +61,7 @@ class Trainer:
             metrics = {"epoch": epoch, **rollout_metrics(rollouts, learned.rows), **update_metrics(learned.updates)}
             metrics |= learned.metrics | sync_metrics(sync) | times
             metrics |= throughput_metrics(rollouts, learned.updates, times)
+            metrics |= process_gauges(self.learner.policy.layout.device)
             validation = self._validate(step, due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
             self._dump(step, rollouts)
             self._log(step, metrics | validation)
@@ -82,9 +84,7 @@ class Trainer:
 
     @property
     def num_steps(self) -> int:
-        limit = self.config.trainer.total_training_steps
-        steps = self.steps_per_epoch * self.config.trainer.total_epochs
-        return steps if limit is None else min(steps, limit)
+        return total_steps(self.config, len(self.train_prompts))
 
     def _steps(self) -> Iterator[tuple[int, int, list[Prompt]]]:
         """(step, epoch, prompts) of what is left to do, both counted from 1, under one progress bar per epoch."""
@@ -156,6 +156,13 @@ class Trainer:
             return
         with replacing(Path(folder) / f"{step}.jsonl") as path:
             path.write_text("".join(json.dumps(asdict(rollout), default=str) + "\n" for rollout in rollouts))
+
+
+def total_steps(config: Config, num_prompts: int) -> int:
+    """Steps of a whole run over `num_prompts` training prompts."""
+    steps = num_prompts // config.data.train_batch_size * config.trainer.total_epochs
+    limit = config.trainer.total_training_steps
+    return steps if limit is None else min(steps, limit)
 
 
 def _every(frequency: int, step: int) -> bool:

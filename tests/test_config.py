@@ -360,7 +360,8 @@ def test_offload_on_cuda_is_allowed_without_remark():
 BROKEN = {
     "choice": (["data.truncation=middle"], ["data.truncation=middle", "error, left, right"]),
     "device": (["trainer.device=tpu"], ["trainer.device=tpu", "auto, cuda, cpu"]),
-    "resume": (["trainer.resume_mode=auto"], ["resume_mode=auto", "disable", "checkpoints are not offered"]),
+    "resume": (["trainer.resume_mode=always"], ["resume_mode=always", "auto, disable, path"]),
+    "resume path": (["trainer.resume_mode=path"], ["path needs trainer.resume_from_path", "resume_mode=auto"]),
     "estimator": (["algorithm.adv_estimator=gae"], ["adv_estimator=gae", "remax, rloo, grpo, reinforce"]),
     "fsdp": ([f"{ACTOR}.strategy=fsdp"], ["strategy=fsdp", "set it to megatron", "fsdp_config"]),
     "loss mode": ([f"{ACTOR}.loss_agg_mode=batch-mean"], ["loss_agg_mode=batch-mean", "token-mean"]),
@@ -425,7 +426,7 @@ BROKEN = {
         [f"{ACTOR}.share_prompts=True", f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"],
         ["share_prompts=True", "use_dynamic_bsz=True"],
     ),
-    "save": (["trainer.save_freq=10"], ["save_freq=10", "checkpoints are not offered", "save_freq=-1"]),
+    "save": (["trainer.save_freq=-3"], ["save_freq=-3", "-1 for none"]),
     "padding": (["actor_rollout_ref.model.use_remove_padding=False"], ["always packed", "use_remove_padding=True"]),
     "remote code": (["actor_rollout_ref.model.trust_remote_code=True"], ["never executed", "trust_remote_code=False"]),
     "cp": ([f"{MEGATRON}.context_parallel_size=2"], ["context parallelism is not offered", "context_parallel_size=1"]),

@@ -35,6 +35,7 @@ usage:
   torchrun --nproc-per-node RANKS -m remax_megatron [--config-name NAME] [--config-dir DIR] [key=value ...]
   python -m remax_megatron [--config-name NAME] --cfg job [key=value ...]     print the resolved settings, run nothing
   python -m remax_megatron.config.cli [--config-name NAME] [key=value ...]    check the settings, run nothing
+  python -m remax_megatron.doctor [--config-name NAME] [key=value ...]        check the machine, too; see its docstring
 
 RANKS is trainer.n_gpus_per_node of the preset; with several nodes add torchrun's --nnodes and --rdzv-endpoint.
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remax_megatron.algorithm.estimators import get_estimator
+from remax_megatron.algorithm.aggregation import MODES
+from remax_megatron.algorithm.estimators import NAMES, get_estimator
 from remax_megatron.config.model_facts import ModelFacts as ModelFacts
 from remax_megatron.config.model_facts import resolve_model_facts as resolve_model_facts
 from remax_megatron.config.schema import (
@@ -42,7 +43,7 @@ CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.truncation": (("error", "left", "right"), ""),
     "trainer.device": (("auto", "cuda", "cpu"), ""),
     "trainer.resume_mode": (("auto", "disable", "path"), ""),
-    "algorithm.adv_estimator": (("remax", "rloo", "grpo", "reinforce", "reward_softmax"), ""),
+    "algorithm.adv_estimator": (NAMES, ""),
     "algorithm.kl_reward_mode": (("to_go", "one_step"), ""),
     "algorithm.rollout_correction.rollout_is": ((None, "token", "sequence"), ""),
     f"{ACTOR}.policy_loss": (("ppo_clip", "reinforce"), ""),
@@ -52,7 +53,7 @@ CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {
         ("megatron",),
         "the policy is always Megatron-Core; fsdp_config offload keys are mapped onto it",
     ),
-    f"{ACTOR}.loss_agg_mode": (("token-mean", "seq-mean-token-sum", "seq-mean-token-mean"), ""),
+    f"{ACTOR}.loss_agg_mode": (MODES, ""),
     f"{ACTOR}.kl_loss_type": (KL_KINDS, ""),
     f"{MEGATRON}.dtype": (DTYPES, ""),
     f"{MEGATRON}.attention_backend": (("auto", "transformer_engine", "varlen", "flex", "sdpa"), ""),

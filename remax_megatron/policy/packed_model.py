@@ -28,6 +28,7 @@ from remax_megatron.config.schema import Actor
 from remax_megatron.model.attention import SharedPromptParams, choose_backend
 from remax_megatron.model.qwen2 import build_chunks, transformer_config
 from remax_megatron.model.weights import load_weights
+from remax_megatron.parallel import watchdog
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.types import Row
 
@@ -157,6 +158,7 @@ class PackedModel:
         def batches() -> Iterator[PackedBatch]:
             limit = self.actor.ppo_max_token_len_per_gpu if self.actor.use_dynamic_bsz else None
             for number, indices in enumerate(mine):
+                watchdog.beat(f"micro-batch {number + 1} of {len(mine)}")
                 yield pack(
                     rows,
                     indices,
@@ -184,6 +186,7 @@ class PackedModel:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        watchdog.beat("after its micro-batches")
 
     def _forward_step(self, batches: Iterator[PackedBatch], chunk, *, loss: LossFunction, temperature: float):
         batch = next(batches)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from remax_megatron.policy.policy import Policy
-from remax_megatron.rollout.engine import Engine, ScoringRequest
+from remax_megatron.rollout.engine import CanaryPrompt, Engine
 from remax_megatron.types import Prompt, Row
 
 NUM_CANARIES = 8  # prompts
@@ -66,7 +66,7 @@ class Bridge:
         self._by_mean = rounding == "bfloat16"
         self._threshold = THRESHOLD[rounding] if threshold is None else threshold
         self._stream = policy.weight_stream(getattr(torch, dtype), bucket_bytes)
-        self._canaries = [ScoringRequest(prompt.token_ids, NUM_GENERATED) for prompt in canary_prompts[:NUM_CANARIES]]
+        self._canaries = [CanaryPrompt(prompt.token_ids, NUM_GENERATED) for prompt in canary_prompts[:NUM_CANARIES]]
 
     def sync(self) -> SyncReport:
         """Send the weights, reset the prefix cache, run the canary; CanaryError on every rank when it fails."""

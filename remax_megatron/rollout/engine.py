@@ -24,7 +24,7 @@ VALIDATION = 2**32 - 1  # in seeds, where training has the number of its step
 
 
 @dataclass(frozen=True)
-class ScoringRequest:
+class CanaryPrompt:
     """What the canary asks: log-probabilities of `token_ids` after the first, and a greedy continuation of them."""
 
     token_ids: tuple[int, ...]
@@ -183,7 +183,7 @@ class Engine:
         answers = iter(self._generate(requests, parameters))
         return [[next(answers) for _ in range(val.n)] for _ in prompts]
 
-    def score(self, requests: Sequence[ScoringRequest]) -> list[tuple[list[float], list[int], list[float]]]:
+    def score(self, requests: Sequence[CanaryPrompt]) -> list[tuple[list[float], list[int], list[float]]]:
         """Per request: logprobs of token_ids[1:], then the continuation's tokens and their logprobs; temperature 1.
 
         The continuation is a request of its own, so that it reads the prefix cache; scoring a prompt does not.
