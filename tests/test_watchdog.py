@@ -16,8 +16,8 @@ import pytest
 
 from tests.ranks import ROOT
 
-PROGRESS_S, DEAD_S, POLL_S = 2.5, 2.0, 0.2
-ENDS_WITHIN_S = 10  # a deadline, failure.LINGER_S, and the slowness of a shared machine
+PROGRESS_S, DEAD_S, POLL_S = 3.0, 3.0, 0.2
+ENDS_WITHIN_S = 15  # a deadline, failure.LINGER_S, and the slowness of a shared machine
 
 
 # -- what the ranks do, in processes of their own ----------------------------------------------------------------------

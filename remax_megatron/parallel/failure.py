@@ -22,7 +22,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from remax_megatron.errors import UserError
 
 INTERRUPTED = 128 + signal.SIGINT
-FIRST_FAILURE = "remax/first_failure"  # the key in the rendezvous store
+# Keys in the rendezvous store. It outlives the ranks when torchrun starts them anew.
+KEYS = f"remax/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+FIRST_FAILURE = f"{KEYS}/first_failure"
 LINGER_S = 3.0  # a failed rank stays this long: when it leaves, its launcher ends the others, and maybe the store
 CLEANUP_S = 5.0  # what cleaning up, or a store behind a broken link, may take
 _ending = threading.Lock()

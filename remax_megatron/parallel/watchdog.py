@@ -1,7 +1,7 @@
 """A rank that hangs, dies or is cut off ends the run, and every rank prints where it was.
 
 `start()` once per rank, after torch.distributed is up and inside failure.py's `ends_all_ranks`; `stop()` after the
-run's last barrier. In between the main thread says where it is, at the cost of a microsecond:
+run's last barrier. In between the main thread says where it is, at the cost of microseconds:
 
     with watchdog.phase("update"):               # metrics.PhaseTimer(around=watchdog.phase) does it for a step's phases
         watchdog.beat("micro-batch 3 of 7")
@@ -117,7 +117,7 @@ class Watchdog:
         self._answered_s, self._store_error = 0.0, "no answer"
         self.beat(START)
 
-        self._keys = [f"remax/heartbeat/{r}" for r in range(world_size)]
+        self._keys = [f"{failure.KEYS}/heartbeat/{r}" for r in range(world_size)]
         self._store.compare_set(failure.FIRST_FAILURE, "", "")  # exists now: reading a missing key would block
         self._publish()
         self._store.wait(self._keys, datetime.timedelta(seconds=START_PATIENCE * dead_after_s))
