@@ -39,7 +39,7 @@ from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.sandbox import available_protections
 from remax_megatron.rewards.scoring import check_data_sources, load_scorer
-from remax_megatron.run_folder import checkpoints_folder, start_run_folder
+from remax_megatron.run_folder import check_shared, checkpoints_folder, start_run_folder
 
 if TYPE_CHECKING:
     from remax_megatron.trainer import Trainer
@@ -261,6 +261,8 @@ def _build(
         run_dir = start_run_folder(config, (folder, done) if folder else None)
         names = (trainer.project_name, trainer.experiment_name)
         writer = MetricsWriter(run_dir, trainer.logger, *names, to_yaml(config), first_step=done, echo=_print_line)
+    if trainer.save_freq > 0:
+        check_shared(config)
     say = writer.say if writer else lambda line: None
     if folder:
         say(f"Resuming after step {done} from {folder}")

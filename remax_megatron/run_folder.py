@@ -9,7 +9,10 @@ previous-N/                                 what an earlier run left; nothing is
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 from remax_megatron.atomic import replacing
 from remax_megatron.checkpoint.folders import iteration_folder, saved_steps
@@ -18,6 +21,7 @@ from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.metrics import truncate_metrics
 
 RECORDS = ("metrics.jsonl", "config.yaml", "curves.png", "hf", "guards")
+LISTED_WITHIN_S = 30.0
 
 
 def checkpoints_folder(config: Config) -> Path:
@@ -49,6 +53,25 @@ def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
             f"trainer.default_local_dir={folder} cannot be written ({error}); set it to a writable folder"
         ) from error
     return folder
+
+
+def check_shared(config: Config) -> None:
+    """ConfigError, on every rank, when a rank does not see the folder that rank 0 has made. Collective.
+
+    A file system that caches listings is given `LISTED_WITHIN_S`.
+    """
+    path = Path(config.trainer.default_local_dir) / "config.yaml"
+    dist.barrier()  # rank 0 has made it
+    deadline = time.monotonic() + LISTED_WITHIN_S
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    sees: list = [None] * dist.get_world_size()
+    dist.all_gather_object(sees, path.exists())
+    if blind := [rank for rank, found in enumerate(sees) if not found]:
+        raise ConfigError(
+            f"trainer.default_local_dir={path.parent}: ranks {blind} do not see what rank 0 writes there, and every "
+            "rank writes its part of a checkpoint; set it to a folder that all nodes share, or trainer.save_freq=-1"
+        )
 
 
 def _move_aside(folder: Path, paths: list[Path]) -> None:

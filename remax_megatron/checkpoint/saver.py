@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import queue
 import shutil
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class _Pending:
 
     state: RunState
     request: AsyncRequest
-    thread: threading.Thread | None = None
+    writing: Future[None] | None = None  # in the background
     records: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the files that this rank wrote
     error: str | None = None  # what kept it from writing them
 
@@ -117,6 +117,9 @@ class Saver:
         self.root, self._training_state, self._layout = Path(root), training_state, layout
         self._side_files, self._keep, self._in_background, self._say = side_files, keep, in_background, say
         self._pending: _Pending | None = None
+        # One thread for all saves: glibc gives each new thread another memory arena, up to 8 per core, and what a
+        # save's buffers took stays in it.
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def save(self, state: RunState, *, in_background: bool | None = None) -> None:
         """Write the checkpoint of `state.step`; with `in_background` (None: as the run is set) only begin to.
@@ -146,15 +149,15 @@ class Saver:
     def is_writing(self) -> bool:
         """Whether this rank still writes."""
         pending = self._pending
-        return pending is not None and pending.thread is not None and pending.thread.is_alive()
+        return pending is not None and pending.writing is not None and not pending.writing.done()
 
     def finish(self) -> None:
         """Wait for the save in the background, if there is one, and complete it. CheckpointError as `save`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        if pending.thread is not None:
-            pending.thread.join()
+        if pending.writing is not None:
+            pending.writing.result()
         gathered: list = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (pending.records, pending.error))
         if errors := [error for _, error in gathered if error is not None]:
@@ -187,8 +190,7 @@ class Saver:
         assert request is not None
         pending = _Pending(state, request)
         if background:
-            pending.thread = threading.Thread(target=pending.write, name="checkpoint", daemon=True)
-            pending.thread.start()
+            pending.writing = self._writer.submit(pending.write)
         else:
             pending.write()
         return pending

@@ -140,13 +140,18 @@ def remove_own_shared_memory(folder: str = "/dev/shm") -> None:
                 os.remove(path)
 
 
+def dead_shared_memory(folder: str = "/dev/shm") -> list[str]:
+    """Paths of the segments of runs whose owning process is gone."""
+    paths = glob.glob(os.path.join(folder, f"{_SHM_PREFIX}-*-cpushm*"))
+    owners = [re.match(rf"{_SHM_PREFIX}-(\d+)-", os.path.basename(path)) for path in paths]
+    return [path for path, pid in zip(paths, owners, strict=True) if pid and not os.path.exists(f"/proc/{pid[1]}")]
+
+
 def remove_dead_shared_memory(folder: str = "/dev/shm") -> list[str]:
     """Delete the segments of runs whose owning process is gone; returns the deleted paths. One rank per host calls."""
     removed = []
-    for path in glob.glob(os.path.join(folder, f"{_SHM_PREFIX}-*-cpushm*")):
-        match = re.search(rf"{_SHM_PREFIX}-(\d+)-", os.path.basename(path))
-        if match and not os.path.exists(f"/proc/{match.group(1)}"):
-            with contextlib.suppress(FileNotFoundError, PermissionError):  # ended by itself; another user's
-                os.remove(path)
-                removed.append(path)
+    for path in dead_shared_memory(folder):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # ended by itself; another user's
+            os.remove(path)
+            removed.append(path)
     return removed

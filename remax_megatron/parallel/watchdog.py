@@ -61,10 +61,10 @@ class Place(NamedTuple):
 
 
 class Heartbeat(NamedTuple):
-    """What a rank publishes. `count` moves with every heartbeat; `where` names its host; `waits` when its main thread
+    """What a rank publishes. `number` moves with every heartbeat; `where` names its host; `waits` when its main thread
     is in a call that other ranks have to answer; `done` after the orderly end."""
 
-    count: int
+    number: int
     place: Place
     where: str
     waits: bool
@@ -75,8 +75,8 @@ class Heartbeat(NamedTuple):
 
     @staticmethod
     def decode(text: bytes) -> Heartbeat:
-        count, place, *rest = json.loads(text)
-        return Heartbeat(count, Place(*place), *rest)
+        number, place, *rest = json.loads(text)
+        return Heartbeat(number, Place(*place), *rest)
 
 
 class _Peer(NamedTuple):
@@ -104,7 +104,7 @@ class Watchdog:
         dead_after_s: float,
         poll_s: float,
     ) -> None:
-        self._store = store.clone()
+        self._store = store.clone()  # type: ignore[attr-defined]
         self._rank, self._cleanup = rank, cleanup
         self._progress_timeout_s, self._dead_after_s, self._poll_s = progress_timeout_s, dead_after_s, poll_s
         self._where = f"node {os.environ.get('GROUP_RANK', 0)} ({socket.gethostname()})"
@@ -184,7 +184,7 @@ class Watchdog:
         peers = {}
         for rank, text in enumerate(heartbeats):
             heartbeat, old = Heartbeat.decode(text), self._peers.get(rank)
-            unmoved = old is not None and old.heartbeat.count == heartbeat.count
+            unmoved = old is not None and old.heartbeat.number == heartbeat.number
             peers[rank] = _Peer(heartbeat, old.moved_s if old is not None and unmoved else self._clock_s)
         self._peers = peers
         if first:
