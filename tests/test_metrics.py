@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from remax_megatron import plots
-from remax_megatron.metrics import MetricsWriter, PhaseTimer, console_lines, read_metrics
+from remax_megatron.metrics import MetricsWriter, PhaseTimer, console_lines, read_metrics, truncate_metrics
 
 STEP = {
     "epoch": 1,
@@ -46,6 +46,15 @@ def test_metrics_jsonl_is_always_written_and_continued(tmp_path: Path) -> None:
     second.close()
     assert [r["step"] for r in read_metrics(second.path)] == [1, 2]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl"]
+
+
+def test_records_of_later_steps_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    truncate_metrics(path, 2)
+    assert not path.exists()
+    path.write_text('{"step": 1}\n{"step": 2, "a": 1}\nnonsense\n{"step": 3}\n{"step": 2, "cut')
+    truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "a": 1}\n'
 
 
 def test_values_must_be_numbers(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from remax_megatron.model.weight_table import (
     owner,
     padded_vocab_size,
     row_runs,
+    shard_runs,
     shard_shape,
     to_hf,
     to_megatron,
@@ -198,6 +199,35 @@ def test_row_runs_rebuild_the_whole_tensor(case: tuple[ModelFacts, int], dtype: 
         assert all(count == 1 for counts in used.values() for count in counts)
         for run, after in zip(runs, runs[1:], strict=False):  # the longest possible
             assert (run.hf_name, run.hf_row + run.num_rows) != (after.hf_name, after.hf_row)
+
+
+@settings(max_examples=100, deadline=None)
+@given(shapes_and_tp(), st.integers(0, 2**31))
+def test_shard_runs_rebuild_every_shard_from_the_whole_tensor(case: tuple[ModelFacts, int], seed: int) -> None:
+    """What a checkpoint at TP 1 is cut into for any TP: rows of the whole tensor, and for row cuts its columns."""
+    shape, tp = case
+    generator = torch.Generator().manual_seed(seed)
+    for entry in weight_table(shape):
+        parts = zip(entry.hf_names, entry.hf_shapes, strict=True)
+        hf = {name: torch.randn(size, generator=generator) for name, size in parts}
+        whole = to_megatron(entry, hf, shape, 1, 0)
+        for rank in range(tp):
+            shard = to_megatron(entry, hf, shape, tp, rank)
+            rebuilt = torch.zeros_like(shard)
+            for row, whole_row, count in shard_runs(entry, shape, tp, rank):
+                rows = whole[whole_row : whole_row + count]
+                width = shard.shape[-1]
+                rebuilt[row : row + count] = rows[:, rank * width : (rank + 1) * width] if entry.kind == "row" else rows
+            assert torch.equal(rebuilt, shard), (entry.megatron_name, rank)
+
+
+def test_shard_runs_by_hand() -> None:
+    """ffn 4 at TP 2: rank 1 holds gate rows 2, 3 and up rows 2, 3, which are rows 2, 3 and 6, 7 of the whole."""
+    shape = facts(ffn=4, vocab=130)
+    fc1 = entry_named(shape, "decoder.layers.{layer}.mlp.linear_fc1.weight")
+    assert shard_runs(fc1, shape, 2, 1) == [(0, 2, 2), (2, 6, 2)]
+    embedding = entry_named(shape, EMBEDDING)
+    assert shard_runs(embedding, shape, 2, 1) == [(0, 128, 2)]  # 130 rows in shards of 128; the rest is padding
 
 
 def test_shard_shapes_of_qwen25_3b_at_tp_4() -> None:
