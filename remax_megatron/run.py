@@ -1,20 +1,15 @@
-"""One run from its checked settings to its end: prepare the inputs, find the checkpoint, build, train, export.
+"""One run from its checked settings to its end: read the inputs, find the checkpoint, build, train, export.
 
-`__main__.py` calls `run` on every rank. Inputs are prepared before any process group or engine exists, so that what
-a user can mend is one `error:` line.
+`__main__.py` calls `run` on every rank.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,33 +22,20 @@ from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError, needs_reference
-from remax_megatron.data.dataset import PromptDataset, load_prompts
+from remax_megatron.config.schema import Config, needs_reference
 from remax_megatron.guards import MismatchError, NonFiniteError
+from remax_megatron.inputs import Inputs, check_agreement, prepare_inputs
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
 from remax_megatron.model.hf_folder import side_files, write_hf_folder
-from remax_megatron.model.megatron_folder import model_folder, open_weights
+from remax_megatron.model.megatron_folder import model_folder
 from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.rewards.pool import RewardPool
-from remax_megatron.rewards.sandbox import available_protections
-from remax_megatron.rewards.scoring import check_data_sources, load_scorer
 from remax_megatron.run_folder import check_shared, checkpoints_folder, start_run_folder
 
 if TYPE_CHECKING:
     from remax_megatron.trainer import Trainer
-
-
-@dataclass
-class Inputs:
-    """What a run reads: a local model folder (Hugging Face or Megatron), and tokenised prompts."""
-
-    model_folder: str
-    tokenizer: object
-    stop_token_ids: list[int]
-    train_prompts: PromptDataset
-    val_prompts: PromptDataset | None
 
 
 def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
@@ -79,7 +61,7 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
 
     with ends_all_ranks(clean_up):
         watchdog.start(config.trainer.watchdog_timeout_s, clean_up)
-        prompts_digest = _check_agreement(config, inputs)
+        prompts_digest = check_agreement(config, inputs)
         checkpoint = find_checkpoint(config, checkpoints_folder(config), print if is_first else lambda line: None)
         if checkpoint is not None:
             check_same_run(checkpoint[1], config, prompts_digest)
@@ -118,124 +100,6 @@ def _leave(last_word: str | None = None) -> NoReturn:
     sys.stderr.flush()
     # vLLM and gloo tear down in an order that may wait for a peer; everything worth keeping is on disk.
     os._exit(0)
-
-
-def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
-    """Find (or make, or download) model and data, and read them. UserError for whatever does not fit."""
-    from transformers import AutoTokenizer
-
-    data = config.data
-    folder = local_model_folder(config.actor_rollout_ref.model.path)
-    open_weights(folder, facts)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # what damaged or missing tokenizer files raise
-        raise ConfigError(f"actor_rollout_ref.model.path={folder}: the tokenizer cannot be read: {error}") from error
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"actor_rollout_ref.model.path={folder}: the tokenizer has no chat template; add one to the folder"
-        )
-
-    def load(files) -> PromptDataset:
-        return load_prompts(
-            local_data_files(files),
-            tokenizer,
-            max_prompt_length=data.max_prompt_length,
-            filter_overlong_prompts=data.filter_overlong_prompts,
-            truncation=data.truncation,
-            prompt_key=data.prompt_key,
-        )
-
-    train = load(data.train_files)
-    if len(train) < data.train_batch_size:
-        raise ConfigError(
-            f"data.train_batch_size={data.train_batch_size} is more than the {len(train)} usable prompts of "
-            f"data.train_files; set it to {len(train)} or less"
-        )
-    val = load(data.val_files) if data.val_files else None
-    if val is not None and data.val_max_samples > 0:
-        val = PromptDataset(val.prompts[: data.val_max_samples], val.num_rows, val.num_filtered, val.num_truncated)
-    reward = config.custom_reward_function
-    if reward.path is None:
-        sources = {p.data_source for p in train} | {p.data_source for p in val or ()}
-        check_data_sources(sources)
-        if "code" in sources:
-            available_protections().check()
-    else:
-        load_scorer(reward.path, reward.name)  # its errors, before anything is started
-    return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val)
-
-
-def end_token_ids(model_folder: str, tokenizer) -> list[int]:
-    """The tokens that end an answer: generation_config.json's, and the tokenizer's own end-of-sequence token."""
-    ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    path = Path(model_folder) / "generation_config.json"
-    if path.exists():
-        declared = json.loads(path.read_text()).get("eos_token_id")
-        ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    if not ids:
-        raise ConfigError(
-            f"actor_rollout_ref.model.path={model_folder}: neither generation_config.json nor the tokenizer names an "
-            "end-of-sequence token; set eos_token_id in generation_config.json"
-        )
-    return sorted(ids)
-
-
-def local_model_folder(path: str) -> str:
-    """A local folder for `actor_rollout_ref.model.path`: itself, the hub's snapshot, or the demo's policy."""
-    if path == EMBEDDED_MODEL:
-        from remax_megatron.demo import cache_dir
-
-        # A process of its own: it may use two cores, while a rank under torchrun has one thread. Passive waiting:
-        # spinning threads are 5 to 20 times slower beside any other busy process.
-        code = "import sys; from remax_megatron.demo.warm_start import ensure_policy; print(ensure_policy(sys.argv[1]))"
-        make = [sys.executable, "-c", code, str(cache_dir())]
-        threads = {"OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)), "OMP_WAIT_POLICY": "PASSIVE"}
-        done = subprocess.run(make, env=os.environ | threads, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise ConfigError(f"{path}: the demo's policy could not be made (see above)")
-        return done.stdout.strip().splitlines()[-1]
-    if Path(path).expanduser().is_dir():
-        return str(Path(path).expanduser())
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-    except OSError as error:  # huggingface_hub's offline, connection and HTTP errors are OSErrors
-        raise ConfigError(
-            f"actor_rollout_ref.model.path={path} could not be downloaded ({type(error).__name__}: {error}); connect "
-            "to the hub, or set it to a local folder"
-        ) from error
-
-
-def local_data_files(files) -> list[str]:
-    """Paths for data.train_files or data.val_files, the embedded ones written first if need be."""
-    from remax_megatron.demo import cache_dir
-    from remax_megatron.demo.word_problems import ensure_data
-
-    files = [files] if isinstance(files, str) else list(files)
-    if not set(files) & set(EMBEDDED_FILES):
-        return files
-    embedded = dict(zip(EMBEDDED_FILES, map(str, ensure_data(cache_dir())), strict=True))
-    return [embedded.get(file, file) for file in files]
-
-
-def _check_agreement(config: Config, inputs: Inputs) -> str:
-    """The digest of the training prompts. ConfigError, on every rank, when ranks would train on other settings or
-    prompts than rank 0. Collective."""
-    train, val = (
-        hashlib.sha256(repr([(p.index, p.token_ids, p.ground_truth) for p in prompts]).encode()).hexdigest()
-        for prompts in (inputs.train_prompts, inputs.val_prompts or ())
-    )
-    mine = hashlib.sha256(repr((to_yaml(config), train, val)).encode()).hexdigest()
-    digests: list = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, mine)
-    if others := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise ConfigError(
-            f"ranks {others} read other settings or data than rank 0; start every node with the same command, "
-            "environment and files"
-        )
-    return train
 
 
 def _build(

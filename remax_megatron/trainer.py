@@ -97,10 +97,8 @@ class Trainer:
             begun = step - first
             often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs no animation
             title, hidden = f"Epoch {epoch}/{self.num_epochs}", self.writer is None
-            steps = tqdm(
-                order[begun:], title, len(order), initial=begun, unit="step", disable=hidden, mininterval=often
-            )
-            for batch in steps:
+            bar = {"initial": begun, "unit": "step", "disable": hidden, "mininterval": often}
+            for batch in tqdm(order[begun:], title, len(order), **bar):
                 step += 1
                 yield step, epoch, [self.train_prompts[i] for i in batch]
 
@@ -116,12 +114,12 @@ class Trainer:
                 self.saver.save(self._state(step, sync, accuracy), in_background=False if stop else None)
             else:
                 self.saver.poll()
-        if stop and self.writer is not None:
+        if not stop or step == self.num_steps:
+            return True
+        if self.writer is not None:
             Path(trainer.stop_file).unlink(missing_ok=True)
-            self.writer.say(
-                f"Stopped after step {step}, as {trainer.stop_file} asks; the same command goes on from here"
-            )
-        return not stop or step == self.num_steps
+            self.writer.say(f"Stopped after step {step}, as {trainer.stop_file} asks; the same command goes on")
+        return False
 
     def _state(self, step: int, sync: SyncReport, accuracy: float | None) -> RunState:
         return RunState(
