@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -139,7 +139,7 @@ def check_agreement(config: Config, inputs: Inputs) -> str:
     """The digest of the training prompts. ConfigError, on every rank, when ranks would train on other settings or
     prompts than rank 0. Collective."""
     train, val = (
-        hashlib.sha256(repr([(p.index, p.token_ids, p.ground_truth) for p in prompts]).encode()).hexdigest()
+        hashlib.sha256(json.dumps([asdict(p) for p in prompts], sort_keys=True, default=str).encode()).hexdigest()
         for prompts in (inputs.train_prompts, inputs.val_prompts or ())
     )
     mine = hashlib.sha256(repr((to_yaml(config), train, val)).encode()).hexdigest()

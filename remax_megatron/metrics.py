@@ -71,6 +71,10 @@ class MetricsWriter:
             for line in console_lines(step, metrics):
                 self._echo(line)
 
+    def sync(self) -> None:
+        """Bring metrics.jsonl to the disk."""
+        os.fsync(self._file.fileno())
+
     def say(self, line: str) -> None:
         """A line for people that is no metric: to the console, when that is asked for."""
         if self._echo is not None:
@@ -204,6 +208,6 @@ def _start_tensorboard(run_dir: Path, config_yaml: str, first_step: int) -> Any:
         raise ValueError(
             "trainer.logger names 'tensorboard', which is not installed: pip install tensorboard"
         ) from error
-    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step or None)
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
     writer.add_text("config", f"```yaml\n{config_yaml}\n```")
     return writer

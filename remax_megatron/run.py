@@ -32,7 +32,7 @@ from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.rewards.pool import RewardPool
-from remax_megatron.run_folder import check_shared, checkpoints_folder, start_run_folder
+from remax_megatron.run_folder import check_shared, checkpoints_folder, lock_run_folder, start_run_folder
 
 if TYPE_CHECKING:
     from remax_megatron.trainer import Trainer
@@ -62,11 +62,13 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
     with ends_all_ranks(clean_up):
         watchdog.start(config.trainer.watchdog_timeout_s, clean_up)
         prompts_digest = check_agreement(config, inputs)
+        lock_run_folder(config)
         checkpoint = find_checkpoint(config, checkpoints_folder(config), print if is_first else lambda line: None)
         if checkpoint is not None:
             check_same_run(checkpoint[1], config, prompts_digest)
             steps = total_steps(config, len(inputs.train_prompts))
-            if checkpoint[1].step >= steps and _is_exported(config):
+            complete = config.trainer.resume_mode == "auto" and checkpoint[1].step >= steps
+            if complete and _is_exported(config):
                 _leave(f"The run is complete: {steps} steps. A larger trainer.total_epochs goes on from there.")
         trainer = _build(config, facts, inputs, prompts_digest, checkpoint, device, is_first)
         if trainer.collector.pool is not None:
@@ -74,6 +76,7 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         try:
             finished = trainer.train()
         except (CanaryError, NonFiniteError, MismatchError):
+            trainer.saver.finish()
             _export(trainer, inputs.model_folder)  # every rank is here, and the policy's own weights are sound
             raise
         if finished:

@@ -4,23 +4,29 @@ metrics.jsonl config.yaml curves.png hf/    records, settings and result
 checkpoints/                                see checkpoint/folders.py
 guards/                                     rows that the guards of the update wrote down
 previous-N/                                 what an earlier run left; nothing is deleted
+lock                                        held by the run that works in the folder
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 
 from remax_megatron.atomic import replacing
-from remax_megatron.checkpoint.folders import iteration_folder, saved_steps
+from remax_megatron.checkpoint.folders import iteration_folder, saved_steps, write_tracker
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.metrics import truncate_metrics
 
-RECORDS = ("metrics.jsonl", "config.yaml", "curves.png", "hf", "guards")
+RECORDS = ("metrics.jsonl", "config.yaml", "curves.png", "hf", "guards", "tensorboard", "wandb-id")
+LOCKED_AFTER_S = 30.0  # what a run that was killed may take to be gone
+_lock: IO[str] | None = None  # held as long as the process lives
 LISTED_WITHIN_S = 30.0
 
 
@@ -28,22 +34,61 @@ def checkpoints_folder(config: Config) -> Path:
     return Path(config.trainer.default_local_dir) / "checkpoints"
 
 
+def lock_run_folder(config: Config) -> None:
+    """Make the folder this run's own. ConfigError, on every rank, when another run works in it.
+
+    Collective; rank 0 holds the lock, and the system takes it back when the process ends. A file system without locks
+    is left without.
+    """
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            problem[0] = _lock_folder(Path(config.trainer.default_local_dir))
+        except OSError as error:
+            problem[0] = f"cannot be written ({error}); set it to a writable folder"
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise ConfigError(f"trainer.default_local_dir={config.trainer.default_local_dir} {problem[0]}")
+
+
+def _lock_folder(folder: Path) -> str | None:
+    global _lock
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock = open(folder / "lock", "w")  # noqa: SIM115
+    deadline = time.monotonic() + LOCKED_AFTER_S
+    while True:
+        try:
+            fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return "is in use by another run; wait for its end, or set it to another folder"
+            time.sleep(0.5)
+        except OSError:  # no locks on this file system
+            return None
+
+
 def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
     """Make the folder ready and save the settings; `resumed` is the checkpoint that is gone on from, and its step.
 
     A checkpoint of this folder: records of later steps are dropped, they will be made again; later checkpoints, damaged
-    or of a branch that is left, and the result of a shorter run move to previous-N/. Otherwise all that an earlier run
-    left moves there.
+    or of a branch that is left (then with a copy of the records), and the result of a shorter run move to previous-N/.
+    Otherwise all that an earlier run left moves there.
     ConfigError when the folder cannot be written.
     """
     folder, checkpoints = Path(config.trainer.default_local_dir), checkpoints_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (*folder.glob(".hf.*.tmp"), *folder.glob(".hf.*.old")):  # of an export that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
         if resumed is not None and resumed[0].resolve().parent == checkpoints.resolve():
-            step = resumed[1]
-            truncate_metrics(folder / "metrics.jsonl", step)
+            step, records = resumed[1], folder / "metrics.jsonl"
             later = [iteration_folder(checkpoints, other) for other in saved_steps(checkpoints) if other > step]
-            _move_aside(folder, [*later, folder / "hf"])
+            aside = _move_aside(folder, [*later, folder / "hf"])
+            if later and aside is not None and records.exists():
+                shutil.copy2(records, aside)
+            write_tracker(checkpoints, step)
+            truncate_metrics(records, step)
         else:
             _move_aside(folder, [folder / name for name in RECORDS] + [checkpoints])
         with replacing(folder / "config.yaml") as path:
@@ -56,17 +101,22 @@ def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
 
 
 def check_shared(config: Config) -> None:
-    """ConfigError, on every rank, when a rank does not see the folder that rank 0 has made. Collective.
+    """ConfigError, on every rank, when a rank does not see what rank 0 writes into the folder. Collective.
 
     A file system that caches listings is given `LISTED_WITHIN_S`.
     """
-    path = Path(config.trainer.default_local_dir) / "config.yaml"
-    dist.barrier()  # rank 0 has made it
+    name = [f".shared-{os.urandom(8).hex()}"]
+    dist.broadcast_object_list(name, src=0)
+    path = Path(config.trainer.default_local_dir) / name[0]
+    if dist.get_rank() == 0:
+        path.touch()
     deadline = time.monotonic() + LISTED_WITHIN_S
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.5)
     sees: list = [None] * dist.get_world_size()
     dist.all_gather_object(sees, path.exists())
+    if dist.get_rank() == 0:
+        path.unlink()
     if blind := [rank for rank, found in enumerate(sees) if not found]:
         raise ConfigError(
             f"trainer.default_local_dir={path.parent}: ranks {blind} do not see what rank 0 writes there, and every "
@@ -74,13 +124,14 @@ def check_shared(config: Config) -> None:
         )
 
 
-def _move_aside(folder: Path, paths: list[Path]) -> None:
-    """To the next free previous-N/ of `folder`, as far as `paths` exist."""
+def _move_aside(folder: Path, paths: list[Path]) -> Path | None:
+    """To the next free previous-N/ of `folder`, which is returned, as far as `paths` exist."""
     paths = [path for path in paths if path.exists()]
     if not paths:
-        return
+        return None
     number = next(i for i in range(1, 10**6) if not (folder / f"previous-{i}").exists())
     aside = folder / f"previous-{number}"
     aside.mkdir()
     for path in paths:
-        os.replace(path, aside / path.name)
+        shutil.move(path, aside / path.name)
+    return aside

@@ -111,6 +111,8 @@ class Trainer:
             stop = self.saver.any_rank(self.writer is not None and Path(trainer.stop_file).exists())
             due = trainer.save_freq > 0 and (step == self.num_steps or _every(trainer.save_freq, step))
             if due or stop:
+                if self.writer is not None:
+                    self.writer.sync()  # the records are no older than the checkpoint
                 self.saver.save(self._state(step, sync, accuracy), in_background=False if stop else None)
             else:
                 self.saver.poll()
@@ -118,7 +120,7 @@ class Trainer:
             return True
         if self.writer is not None:
             Path(trainer.stop_file).unlink(missing_ok=True)
-            self.writer.say(f"Stopped after step {step}, as {trainer.stop_file} asks; the same command goes on")
+            self.writer.say(f"Stopped after step {step}, as {trainer.stop_file} asks; trainer.resume_mode=auto goes on")
         return False
 
     def _state(self, step: int, sync: SyncReport, accuracy: float | None) -> RunState:

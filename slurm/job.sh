@@ -85,6 +85,10 @@ main() {
 
     local arguments=(--config-name "$preset" "trainer.nnodes=$nodes" "trainer.n_gpus_per_node=$ranks"
         "trainer.stop_file='$stop_file'" "$@")
+    # A restart goes on, also where the settings ask for a run that is begun anew.
+    if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] && [ "$(setting trainer.resume_mode auto "$@")" = disable ]; then
+        arguments+=(trainer.resume_mode=auto)
+    fi
     # Wrong settings end the job here, within a second. Where srun starts the container, Python is only found inside.
     if [[ ${SRUN_ARGS[*]-} != *--container-* ]]; then
         ${LAUNCH[@]+"${LAUNCH[@]}"} "$python" -m remax_megatron.config.cli "${arguments[@]}" >/dev/null || exit

@@ -255,6 +255,14 @@ def test_damage_is_found_and_the_file_named(checkpoint, name, damage):
         check_files(checkpoint)
 
 
+def test_an_index_that_leads_outside_is_refused(checkpoint):
+    index = (checkpoint / ".metadata").read_bytes()
+    assert b"__0_0.distcp" in index
+    (checkpoint / ".metadata").write_bytes(index.replace(b"__0_0.distcp", b"../_0.distcp"))
+    with pytest.raises(UserError, match=r"names '\.\./_0\.distcp', which is no file beside it"):
+        TorchDist(checkpoint)
+
+
 def test_strangers_are_refused(checkpoint, model, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint of a run"):
         read_state(Path(model))

@@ -9,7 +9,9 @@ import pytest
 from remax_megatron.checkpoint.folders import iteration_folder, saved_steps
 from remax_megatron.config.load import load_config
 from remax_megatron.config.schema import ConfigError
+from remax_megatron.model.megatron_folder import TRACKER
 from remax_megatron.run_folder import start_run_folder
+from tests.ranks import run_ranks
 
 
 def config(folder: Path):
@@ -41,7 +43,9 @@ def test_a_resumed_run_keeps_its_records_up_to_the_checkpoint(earlier):
     assert len((earlier / "metrics.jsonl").read_text().splitlines()) == 4
     assert saved_steps(earlier / "checkpoints") == [3]
     moved = sorted(path.name for path in (earlier / "previous-1").iterdir())
-    assert moved == ["hf", "iter_0000006"]  # the later checkpoint, and the result of the longer run
+    assert moved == ["hf", "iter_0000006", "metrics.jsonl"]  # the later checkpoint, and what belongs to it
+    assert len((earlier / "previous-1" / "metrics.jsonl").read_text().splitlines()) == 7
+    assert (earlier / "checkpoints" / TRACKER).read_text() == "3\n"
 
 
 def test_a_checkpoint_of_another_folder_begins_new_records(earlier, tmp_path):
@@ -54,3 +58,42 @@ def test_a_folder_that_cannot_be_written_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"trainer\.default_local_dir=.*file/run cannot be written"):
         start_run_folder(config(tmp_path / "file" / "run"), None)
+
+
+def lock_worker(folder: str) -> list[str]:
+    """Two ranks lock the folder while another process holds it, and again when that has ended. What is said."""
+    import subprocess
+    import sys
+
+    import torch.distributed as dist
+
+    from remax_megatron import run_folder
+    from remax_megatron.parallel.layout import init_distributed
+
+    init_distributed("cpu", 60)
+    run_folder.LOCKED_AFTER_S = 1.0
+    holder = None
+    if dist.get_rank() == 0:
+        Path(folder).mkdir()
+        code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print('held'); input()"
+        command = [sys.executable, "-uc", code, f"{folder}/lock"]
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    dist.barrier()
+    said = []
+    for _ in range(2):
+        try:
+            run_folder.lock_run_folder(config(Path(folder)))
+            said.append("")
+        except ConfigError as error:
+            said.append(str(error))
+        if holder is not None and holder.poll() is None:
+            holder.communicate(b"\n")
+    run_folder.check_shared(config(Path(folder)))
+    return said
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    first, second = run_ranks("tests.test_run_folder:lock_worker", 2, str(tmp_path / "run"), 100, preload=())
+    assert first == second and "is in use by another run" in first[0] and first[1] == ""
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from remax_megatron.convert.manifest import MANIFEST
 from remax_megatron.errors import UserError
 from remax_megatron.model.megatron_folder import TRACKER
 from remax_megatron.model.torch_dist import TorchDist
+from remax_megatron.parallel import watchdog
 
 STATE = "state.json"
 FORMAT = 1
@@ -132,6 +134,7 @@ def check_files(folder: Path, part: int = 0, num_parts: int = 1) -> None:
     if unknown := {file.name for file in folder.iterdir()} - expected.keys() - {MANIFEST}:
         raise CheckpointError(f"{folder / min(unknown)} is not in {MANIFEST}: it does not belong there")
     for number, (name, (_, recorded)) in enumerate(expected.items()):
+        watchdog.beat(f"checking {folder / name}")
         if number % num_parts == part and file_record(folder / name)["digest"] != recorded:
             raise CheckpointError(f"{folder / name} is not what {MANIFEST} says: it was damaged or changed")
     if part == 0:
@@ -142,14 +145,15 @@ def check_files(folder: Path, part: int = 0, num_parts: int = 1) -> None:
 
 
 def best_step(root: Path) -> int | None:
-    """The step with the highest validation accuracy among the checkpoints; of equal ones the first."""
+    """The step with the highest accuracy among the checkpoints after whose step there was a validation; of equal ones
+    the first."""
     accuracies = {}
     for step in saved_steps(root):
         try:
             accuracies[step] = read_state(iteration_folder(root, step)).accuracy
         except CheckpointError:
             continue  # a damaged one is no best one
-    judged = {step: accuracy for step, accuracy in accuracies.items() if accuracy is not None}
+    judged = {step: a for step, a in accuracies.items() if isinstance(a, int | float) and math.isfinite(a)}
     return max(judged, key=lambda step: (judged[step], -step)) if judged else None
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch.distributed as dist
 
 from remax_megatron.checkpoint.folders import (
+    STATE,
     CheckpointError,
     RunState,
     check_files,
     iteration_folder,
     read_state,
-    remove_leftovers,
     saved_steps,
 )
 from remax_megatron.config.load import known_keys
@@ -31,7 +31,6 @@ FREE = (
     "actor_rollout_ref.actor.use_dynamic_bsz",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
-    "actor_rollout_ref.actor.skip_zero_advantage",  # exact, where it is allowed
     "actor_rollout_ref.actor.share_prompts",
     "actor_rollout_ref.actor.fsdp_config.",
     "actor_rollout_ref.actor.megatron.",
@@ -50,7 +49,8 @@ FREE = (
     "data.val_files",
     "data.val_batch_size",
     "data.val_max_samples",
-    "reward.",
+    "reward.num_workers",
+    "reward.max_failure_share",
 )
 FIXED = ("trainer.seed", "actor_rollout_ref.actor.megatron.dtype")  # though of a free group
 
@@ -58,19 +58,20 @@ FIXED = ("trainer.seed", "actor_rollout_ref.actor.megatron.dtype")  # though of 
 def find_checkpoint(config: Config, root: Path, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
     """The checkpoint to go on from, None for a new run. Collective over the world; the same on every rank.
 
-    trainer.resume_mode=auto takes the newest sound checkpoint in `root`, saying why newer ones are passed over;
-    path takes exactly the one that is named. CheckpointError when there are checkpoints but none is sound.
+    trainer.resume_mode=auto takes the newest sound checkpoint in `root`, saying why newer ones are passed over. path
+    takes the one that is named, until the run that was begun from it has checkpoints of its own: the same command goes
+    on. CheckpointError when there are checkpoints but none is sound.
     """
     trainer = config.trainer
     if trainer.resume_mode == "disable":
         return None
     if trainer.resume_mode == "path":
         assert trainer.resume_from_path is not None  # a rule
+        own = _from_first_rank(lambda: _begun_from(trainer.resume_from_path or "", root))
         named = _from_first_rank(lambda: str(_named_checkpoint(Path(trainer.resume_from_path or ""))))
-        candidates = [Path(named)]
+        candidates = [*(iteration_folder(root, step) for step in own), Path(named)]
     else:
-        steps = _from_first_rank(lambda: _steps_without_leftovers(root))
-        candidates = [iteration_folder(root, step) for step in steps]
+        candidates = [iteration_folder(root, step) for step in _from_first_rank(lambda: saved_steps(root))]
     problems = []
     for folder in candidates:
         problem = _problem(folder)
@@ -122,16 +123,26 @@ def _named_checkpoint(path: Path) -> Path:
     return checkpoint_folder(path)
 
 
-def _steps_without_leftovers(root: Path) -> list[int]:
-    remove_leftovers(root)
-    return saved_steps(root)
+def _begun_from(path: str, root: Path) -> list[int]:
+    """Steps, the newest first, of the checkpoints in `root` that a run wrote which was begun from `path`."""
+    steps = []
+    for step in saved_steps(root):
+        try:
+            trainer = read_state(iteration_folder(root, step)).config.get("trainer", {})
+        except CheckpointError:
+            continue
+        if (trainer.get("resume_mode"), trainer.get("resume_from_path")) == ("path", path):
+            steps.append(step)
+    return steps
 
 
 def _problem(folder: Path) -> str | None:
     """What is wrong with the checkpoint, the same on every rank; each reads its share of the files."""
     mine = None
     try:
-        read_state(folder)
+        step = read_state(folder).step
+        if folder.name.startswith("iter_") and folder.name != iteration_folder(folder.parent, step).name:
+            raise CheckpointError(f"{folder / STATE} is that of step {step}")
         check_files(folder, dist.get_rank(), dist.get_world_size())
     except (UserError, OSError) as error:
         mine = str(error)

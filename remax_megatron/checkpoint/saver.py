@@ -8,10 +8,11 @@ checkpoints before it untouched.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from remax_megatron.atomic import fsync_path
+from remax_megatron.atomic import fsync_path, replacing
 from remax_megatron.checkpoint.folders import (
     STATE,
     CheckpointError,
@@ -41,6 +42,7 @@ from remax_megatron.checkpoint.folders import (
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.policy.training_state import TrainingState
 
+ZIP_WRITER = "inline_container.cc"
 ROOM_FOR_INDEX = 64 * 2**20  # bytes beside the tensors: index, manifest, rounding
 
 
@@ -81,6 +83,7 @@ class _Pending:
 
     state: RunState
     request: AsyncRequest
+    buckets: list  # the files that this rank writes, their tensors on the CPU
     writing: Future[None] | None = None  # in the background
     records: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the files that this rank wrote
     error: str | None = None  # what kept it from writing them
@@ -89,13 +92,12 @@ class _Pending:
         """Write this rank's files and take their digests; keeps the error instead of raising it."""
         if self.request.async_fn is None:
             return
-        results, buckets = self.request.async_fn_args
-        buckets = self.request.preload_fn() if self.request.preload_fn is not None else buckets
+        results, _ = self.request.async_fn_args
         try:
-            self.request.async_fn(results, buckets)
-            self.records |= {name: file_record(Path(path)) for path, name, _ in buckets}
+            self.request.async_fn(results, self.buckets)
+            self.records |= {name: file_record(Path(path)) for path, name, _ in self.buckets}
         except (OSError, RuntimeError) as error:  # torch's zip writer makes RuntimeErrors of a full disk
-            self.error = f"rank {dist.get_rank()}: {buckets[0][0]}: {error}"
+            self.error = f"rank {dist.get_rank()}: {self.buckets[0][0]}: {error}"
 
 
 class Saver:
@@ -136,7 +138,8 @@ class Saver:
         if background:
             for block in tensors:
                 block.data = block.data.to("cpu", copy=True)
-        self._pending = self._begin(state, blocks, folder, background)
+        with self._giving_up(state.step):
+            self._pending = self._begin(state, blocks, folder, background)
         if not background:
             self.finish()
 
@@ -162,8 +165,9 @@ class Saver:
         dist.all_gather_object(gathered, (pending.records, pending.error))
         if errors := [error for _, error in gathered if error is not None]:
             self._on_first_rank(lambda: self._give_up(pending.state.step, errors[0]))
-        for finalize in pending.request.finalize_fns:  # writes .metadata and metadata.json
-            finalize()
+        with self._giving_up(pending.state.step):
+            for finalize in pending.request.finalize_fns:  # writes .metadata and metadata.json
+                finalize()
         records = {name: record for part, _ in gathered for name, record in part.items()}
         self._on_first_rank(lambda: self._complete(pending.state, records))
 
@@ -188,7 +192,9 @@ class Saver:
         finally:
             filesystem_async._get_write_results_queue = make_queue
         assert request is not None
-        pending = _Pending(state, request)
+        # On this thread: on a GPU it waits for the device, and a new thread's device is another one.
+        buckets = request.preload_fn() if request.preload_fn is not None else []
+        pending = _Pending(state, request, buckets)
         if background:
             pending.writing = self._writer.submit(pending.write)
         else:
@@ -198,12 +204,15 @@ class Saver:
     def _make_room(self, folder: Path, num_bytes: int) -> None:
         remove_leftovers(self.root)
         self.root.mkdir(parents=True, exist_ok=True)
+        needed = num_bytes + ROOM_FOR_INDEX
+        if needed > shutil.disk_usage(self.root).free:
+            prune(self.root, self._keep)  # there are more than that when the setting was lowered
         free = shutil.disk_usage(self.root).free
-        if num_bytes + ROOM_FOR_INDEX > free:
+        if needed > free:
             raise CheckpointError(
                 f"trainer.default_local_dir: {self.root} has {free / 1e9:.2f} GB free, and a checkpoint needs "
-                f"{(num_bytes + ROOM_FOR_INDEX) / 1e9:.2f} GB; make room, or set trainer.max_ckpt_to_keep lower than "
-                f"{self._keep}"
+                f"{needed / 1e9:.2f} GB; make room (previous-N/ beside it may hold checkpoints of earlier runs), or "
+                f"set trainer.max_ckpt_to_keep lower than {self._keep}"
             )
         folder.mkdir()
 
@@ -211,11 +220,49 @@ class Saver:
         shutil.rmtree(partial_folder(self.root, step), ignore_errors=True)
         raise CheckpointError(
             f"trainer.default_local_dir: the checkpoint of step {step} could not be written ({error}); make room or "
-            "mend the disk: the checkpoints before it are whole, and the same command goes on from the last one"
+            "mend the disk: the checkpoints before it are whole, and trainer.resume_mode=auto goes on from the last one"
         )
+
+    @contextlib.contextmanager
+    def _giving_up(self, step: int) -> Iterator[None]:
+        """On rank 0, which writes the small files, an error of the disk is said as such; it ends the others too."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if self._layout.rank != 0 or not (isinstance(error, OSError) or ZIP_WRITER in str(error)):
+                raise  # a RuntimeError is a broken collective, unless torch.save says so of a file
+            self._give_up(step, f"{type(error).__name__}: {error}")
 
     def _complete(self, state: RunState, records: dict[str, dict[str, Any]]) -> None:
         folder, final = partial_folder(self.root, state.step), iteration_folder(self.root, state.step)
+        try:
+            self._check_written(folder, records)
+            self._seal(folder, state, records)
+        except OSError as error:
+            self._give_up(state.step, str(error))
+        for name, content in self._side_files.items():
+            if not (self.root / name).exists():
+                with replacing(self.root / name) as path:
+                    path.write_bytes(content)
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
+        fsync_path(self.root)
+        write_tracker(self.root, state.step)
+        removed = prune(self.root, self._keep)
+        gone = f"; removed those of steps {removed}" if removed else ""
+        self._say(f"Checkpoint: {final}, {sum(r['bytes'] for r in records.values()) / 1e9:.2f} GB{gone}")
+
+    def _check_written(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
+        """CheckpointError when rank 0 does not see what the other ranks have written."""
+        for name, record in records.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != record["bytes"]:
+                raise CheckpointError(
+                    f"trainer.default_local_dir: rank 0 does not see {folder / name} as another rank wrote it; set it "
+                    "to a folder that all nodes share"
+                )
+
+    def _seal(self, folder: Path, state: RunState, records: dict[str, dict[str, Any]]) -> None:
+        """Add the small files and bring all to the disk."""
         (folder / STATE).write_text(state.to_json())
         for path in folder.iterdir():
             if path.name not in records:
@@ -223,16 +270,6 @@ class Saver:
         write_manifest(folder, records)
         for path in (*folder.iterdir(), folder):
             fsync_path(path)
-        for name, content in self._side_files.items():
-            if not (self.root / name).exists():
-                (self.root / name).write_bytes(content)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one, or one of a run that was begun anew
-        folder.rename(final)
-        fsync_path(self.root)
-        write_tracker(self.root, state.step)
-        removed = prune(self.root, self._keep)
-        gone = f"; removed those of steps {removed}" if removed else ""
-        self._say(f"Checkpoint: {final}, {sum(r['bytes'] for r in records.values()) / 1e9:.2f} GB{gone}")
 
     # -- all ranks together ------------------------------------------------------------------------------------------
 

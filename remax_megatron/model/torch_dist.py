@@ -177,6 +177,9 @@ class TorchDist:
         return formats if isinstance(formats, dict) else {}
 
     def _tensors(self, index: Any) -> dict[str, StoredTensor]:
+        names = [info.relative_path for info in index.storage_data.values()]
+        if outside := [name for name in names if Path(name).name != name]:
+            raise FolderError(f"{self.folder / '.metadata'} names {outside[0]!r}, which is no file beside it; {AGAIN}")
         places = {
             (key.fqn, tuple(getattr(key, "offset", None) or ())): (
                 str(self.folder / info.relative_path),

@@ -34,6 +34,7 @@ from remax_megatron.model.weight_table import (
     shard_runs,
     weight_table,
 )
+from remax_megatron.parallel import watchdog
 from remax_megatron.policy.policy import Policy
 
 MASTER, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
@@ -126,6 +127,7 @@ class TrainingState:
         """
         stored, files = TorchDist(folder), MappedFiles()
         for owned, _ in self._owned():
+            watchdog.beat(f"reading the state of {owned.entry.hf_names[0]}")
             for name, values in self._optimizer_state(owned).items():
                 key = f"optimizer.state.{name}.{saved_key(owned.entry)}"
                 self._check(stored, folder, owned.entry, key)
