@@ -20,6 +20,8 @@ TORCH := torch==2.13.0+cpu
 
 # One thread per rank: with two busy ranks on two cores, OpenMP's spinning barriers cost 5 to 20 times the work.
 export OMP_NUM_THREADS := 1
+# Every rank of every run imports the same thousands of files: where this is set they are compiled anew each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint clean
