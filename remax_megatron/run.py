@@ -22,7 +22,7 @@ from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Config, needs_reference
+from remax_megatron.config.schema import Config, ConfigError, needs_reference
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_agreement, prepare_inputs
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
@@ -30,6 +30,7 @@ from remax_megatron.model.hf_folder import side_files, write_hf_folder
 from remax_megatron.model.megatron_folder import model_folder
 from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
+from remax_megatron.parallel.first_rank import from_first_rank
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.run_folder import check_shared, checkpoints_folder, lock_run_folder, start_run_folder
@@ -88,9 +89,8 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
 
 def _is_exported(config: Config) -> bool:
     """Whether the result of the run is there, as rank 0 sees it. Collective."""
-    answer = [not config.trainer.export_hf or (Path(config.trainer.default_local_dir) / "hf").exists()]
-    dist.broadcast_object_list(answer, src=0)
-    return answer[0]
+    hf = Path(config.trainer.default_local_dir) / "hf"
+    return from_first_rank(lambda: not config.trainer.export_hf or hf.exists(), ConfigError)
 
 
 def _leave(last_word: str | None = None) -> NoReturn:

@@ -23,6 +23,7 @@ from remax_megatron.checkpoint.folders import iteration_folder, saved_steps, wri
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.metrics import truncate_metrics
+from remax_megatron.parallel.first_rank import from_first_rank
 
 RECORDS = ("metrics.jsonl", "config.yaml", "curves.png", "hf", "guards", "tensorboard", "wandb-id")
 LOCKED_AFTER_S = 30.0  # what a run that was killed may take to be gone
@@ -40,32 +41,34 @@ def lock_run_folder(config: Config) -> None:
     Collective; rank 0 holds the lock, and the system takes it back when the process ends. A file system without locks
     is left without.
     """
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            problem[0] = _lock_folder(Path(config.trainer.default_local_dir))
-        except OSError as error:
-            problem[0] = f"cannot be written ({error}); set it to a writable folder"
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise ConfigError(f"trainer.default_local_dir={config.trainer.default_local_dir} {problem[0]}")
+    from_first_rank(lambda: _lock_folder(Path(config.trainer.default_local_dir)), ConfigError)
 
 
-def _lock_folder(folder: Path) -> str | None:
+def _lock_folder(folder: Path) -> None:
     global _lock
-    folder.mkdir(parents=True, exist_ok=True)
-    _lock = open(folder / "lock", "w")  # noqa: SIM115
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock = open(folder / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise _not_writable(folder, error) from error
     deadline = time.monotonic() + LOCKED_AFTER_S
     while True:
         try:
             fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return None
+            return
         except BlockingIOError:
             if time.monotonic() > deadline:
-                return "is in use by another run; wait for its end, or set it to another folder"
+                raise ConfigError(
+                    f"trainer.default_local_dir={folder} is in use by another run; wait for its end, or set it to "
+                    "another folder"
+                ) from None
             time.sleep(0.5)
         except OSError:  # no locks on this file system
-            return None
+            return
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"trainer.default_local_dir={folder} cannot be written ({error}); set it to a writable folder")
 
 
 def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
@@ -94,9 +97,7 @@ def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
         with replacing(folder / "config.yaml") as path:
             path.write_text(to_yaml(config))
     except OSError as error:
-        raise ConfigError(
-            f"trainer.default_local_dir={folder} cannot be written ({error}); set it to a writable folder"
-        ) from error
+        raise _not_writable(folder, error) from error
     return folder
 
 

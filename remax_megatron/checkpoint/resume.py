@@ -22,6 +22,7 @@ from remax_megatron.config.rules import value_of
 from remax_megatron.config.schema import Config
 from remax_megatron.errors import UserError
 from remax_megatron.model.megatron_folder import checkpoint_folder
+from remax_megatron.parallel.first_rank import from_first_rank
 
 # Settings that may change when a run is gone on with: where and how fast it computes, how long, what it shows. Groups
 # end with a dot. All others say what is computed.
@@ -67,11 +68,12 @@ def find_checkpoint(config: Config, root: Path, say: Callable[[str], None]) -> t
         return None
     if trainer.resume_mode == "path":
         assert trainer.resume_from_path is not None  # a rule
-        own = _from_first_rank(lambda: _begun_from(trainer.resume_from_path or "", root))
-        named = _from_first_rank(lambda: str(_named_checkpoint(Path(trainer.resume_from_path or ""))))
-        candidates = [*(iteration_folder(root, step) for step in own), Path(named)]
+        own = from_first_rank(lambda: _begun_from(trainer.resume_from_path or "", root), CheckpointError)
+        named = from_first_rank(lambda: _named_checkpoint(Path(trainer.resume_from_path or "")), CheckpointError)
+        candidates = [*(iteration_folder(root, step) for step in own), named]
     else:
-        candidates = [iteration_folder(root, step) for step in _from_first_rank(lambda: saved_steps(root))]
+        steps = from_first_rank(lambda: saved_steps(root), CheckpointError)
+        candidates = [iteration_folder(root, step) for step in steps]
     problems = []
     for folder in candidates:
         problem = _problem(folder)
@@ -149,17 +151,3 @@ def _problem(folder: Path) -> str | None:
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return next((problem for problem in found if problem is not None), None)
-
-
-def _from_first_rank(make: Callable[[], Any]) -> Any:
-    """What `make` returns on rank 0, on every rank; its UserError is raised on every rank."""
-    answer: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = make()
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise CheckpointError(answer[1])
-    return answer[0]

@@ -39,6 +39,7 @@ from remax_megatron.checkpoint.folders import (
     write_manifest,
     write_tracker,
 )
+from remax_megatron.parallel.first_rank import from_first_rank
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.policy.training_state import TrainingState
 
@@ -134,7 +135,7 @@ class Saver:
         tensors = [block for block in blocks.values() if isinstance(block, ShardedTensor)]
         num_bytes = self._total(sum(block.data.numel() * block.data.element_size() for block in tensors))
         folder = partial_folder(self.root, state.step)
-        self._on_first_rank(lambda: self._make_room(folder, num_bytes))
+        from_first_rank(lambda: self._make_room(folder, num_bytes), CheckpointError)
         if background:
             for block in tensors:
                 block.data = block.data.to("cpu", copy=True)
@@ -164,12 +165,12 @@ class Saver:
         gathered: list = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (pending.records, pending.error))
         if errors := [error for _, error in gathered if error is not None]:
-            self._on_first_rank(lambda: self._give_up(pending.state.step, errors[0]))
+            from_first_rank(lambda: self._give_up(pending.state.step, errors[0]), CheckpointError)
         with self._giving_up(pending.state.step):
             for finalize in pending.request.finalize_fns:  # writes .metadata and metadata.json
                 finalize()
         records = {name: record for part, _ in gathered for name, record in part.items()}
-        self._on_first_rank(lambda: self._complete(pending.state, records))
+        from_first_rank(lambda: self._complete(pending.state, records), CheckpointError)
 
     def any_rank(self, answer: bool) -> bool:
         """Whether any rank says yes."""
@@ -272,18 +273,6 @@ class Saver:
             fsync_path(path)
 
     # -- all ranks together ------------------------------------------------------------------------------------------
-
-    def _on_first_rank(self, act: Callable[[], None]) -> None:
-        """Run `act` on rank 0; its CheckpointError or OSError is raised on every rank as CheckpointError."""
-        failure: list[str | None] = [None]
-        if self._layout.rank == 0:
-            try:
-                act()
-            except (CheckpointError, OSError) as error:
-                failure = [f"trainer.default_local_dir: {error}" if isinstance(error, OSError) else str(error)]
-        dist.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise CheckpointError(failure[0])
 
     def _total(self, number: int) -> int:
         """The sum over all ranks."""
