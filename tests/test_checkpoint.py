@@ -25,7 +25,7 @@ from remax_megatron.checkpoint.folders import (
     saved_steps,
     write_manifest,
 )
-from remax_megatron.checkpoint.resume import check_same_run
+from remax_megatron.checkpoint.resume import _begun_from, check_same_run
 from remax_megatron.config.load import load_config
 from remax_megatron.errors import UserError
 from remax_megatron.model.mapped import MappedFiles
@@ -342,6 +342,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert prune(tmp_path, keep=2) == [40, 30, 10]
     assert saved_steps(tmp_path) == [60, 50, 20]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_begun_from_a_path_goes_on_from_its_own_checkpoints(tmp_path):
+    settings = {1: {"resume_mode": "auto", "resume_from_path": None}}
+    settings |= {step: {"resume_mode": "path", "resume_from_path": "elsewhere/iter_0000001"} for step in (2, 3)}
+    for step, trainer in settings.items():
+        folder = iteration_folder(tmp_path, step)
+        folder.mkdir()
+        (folder / "state.json").write_text(RunState(step, step, step, {}, "", {"trainer": trainer}).to_json())
+    assert _begun_from("elsewhere/iter_0000001", tmp_path) == [3, 2]
+    assert _begun_from("another", tmp_path) == []
 
 
 def run_state(config) -> RunState:
