@@ -59,6 +59,16 @@ class Optim:
 
 
 @dataclass
+class OverrideTransformerConfig:
+    """What is recomputed in the backward pass, under the names of verl and Megatron; see `recompute_of`."""
+
+    recompute_granularity: str | None = None  # none | selective | full; null: enable_gradient_checkpointing decides
+    recompute_method: str | None = None  # uniform | block, with full only; null: uniform
+    recompute_num_layers: int | None = None  # with full only; null: 1
+    recompute_modules: Any = None  # with selective only: of mlp, core_attn, layernorm; null: [mlp]
+
+
+@dataclass
 class Megatron:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -70,6 +80,10 @@ class Megatron:
     grad_offload: bool = False
     optimizer_offload: bool = False
     dtype: str = "bfloat16"  # bfloat16 (fp32 master weights) | float32
+    layers: str = "auto"  # auto | transformer_engine | local; auto: Transformer Engine's on a GPU where it is installed
+    overlap_grad_reduce: bool | None = None  # reduce gradients during the backward pass; null: on a GPU where DP > 1
+    overlap_param_gather: bool | None = None  # gather updated weights during the next forward pass; null: as above
+    override_transformer_config: OverrideTransformerConfig = field(default_factory=OverrideTransformerConfig)
     attention_backend: str = "auto"  # auto | transformer_engine | varlen | flex | sdpa
     logprob_chunk_size: int = 1024  # scored positions whose logits exist at once
 
@@ -148,6 +162,7 @@ class RolloutConfig:
     max_num_batched_tokens: int = 8192
     kv_cache_gib: float = 1.0  # CPU only: KV cache per rank; on a GPU gpu_memory_utilization rules
     enforce_eager: bool = False
+    model_runner: str = "v1"  # v1 | v2, GPU only: vLLM's; v2 draws other tokens from the same seeds
     sync_bucket_mb: int = 512  # weight sync: bytes of one rank's share of a flattened bucket, MiB
     canary_threshold: float | None = None  # None: 1e-4 (maximum, float32) or 2e-2 (mean, bfloat16)
     mismatch_threshold: float | None = None  # mean |engine - policy| of a batch, nats; None: 1e-3 (float32), 0.2 (bf16)
@@ -217,6 +232,7 @@ class Trainer:
     validation_data_dir: str | None = None  # dump the answers of every validation as JSONL
     collective_timeout_s: int = 1800
     watchdog_timeout_s: int = 1800  # a rank that is longer in one phase, or at one micro-batch, ends the run
+    profile_steps: Any = None  # a list of steps of which torch's profiler writes a trace to default_local_dir/profile
     max_nonfinite_updates: int = 3  # in a row, each skipped, before the run stops
     export_hf: bool = True  # write the final policy as a Hugging Face folder to default_local_dir/hf
 
@@ -261,3 +277,27 @@ def skips_zero_advantage(config: Config) -> bool:
     if actor.skip_zero_advantage is None:
         return not needs_reference(config) and actor.entropy_coeff == 0
     return actor.skip_zero_advantage
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which activations the backward pass computes again. `granularity` is none, selective or full; `method` and
+    `num_layers` go with full, `modules` with selective."""
+
+    granularity: str = "none"
+    method: str = "uniform"
+    num_layers: int = 1
+    modules: tuple[str, ...] = ("mlp",)
+
+
+def recompute_of(config: Config) -> Recompute:
+    """The recompute settings: override_transformer_config where it names a granularity, else full or none as
+    model.enable_gradient_checkpointing says."""
+    chosen = config.actor_rollout_ref.actor.megatron.override_transformer_config
+    fallback = "full" if config.actor_rollout_ref.model.enable_gradient_checkpointing else "none"
+    return Recompute(
+        granularity=chosen.recompute_granularity or fallback,
+        method=chosen.recompute_method or "uniform",
+        num_layers=chosen.recompute_num_layers or 1,
+        modules=tuple(chosen.recompute_modules or ("mlp",)),
+    )
