@@ -125,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         make_model(Path(work) / "model")
         facts = ModelFacts.from_folder(Path(work) / "model")
-        policy = Policy(facts, layout, actor, model_folder=str(Path(work) / "model"), temperature=1.0, recompute=False)
+        policy = Policy(facts, layout, actor, model_folder=str(Path(work) / "model"), temperature=1.0)
 
     def measure(rows: list[Row], *, packs: bool, shares: bool) -> dict[str, float]:
         actor.use_dynamic_bsz, policy.shares_prompts = packs, shares

@@ -22,7 +22,7 @@ from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Config, ConfigError, needs_reference
+from remax_megatron.config.schema import Config, ConfigError, needs_reference, recompute_of
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_agreement, prepare_inputs
 from remax_megatron.metrics import MetricsWriter, PhaseTimer
@@ -158,7 +158,7 @@ def _build(
         actor,
         model_folder=str(folder or inputs.model_folder),
         temperature=rollout.temperature,
-        recompute=config.actor_rollout_ref.model.enable_gradient_checkpointing,
+        recompute=recompute_of(config),
         correction=config.algorithm.rollout_correction,
         log=say,
     )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
 from remax_megatron.errors import UserError
-from remax_megatron.model.attention import SharedPromptParams, choose_backend, core_attention
+from remax_megatron.model.attention import choose_backend, core_attention, packed_rows
 
 SEGMENTS = [(5, [3, 1, 4]), (7, []), (1, [2, 2]), (3, [])]  # (prompt tokens, [tokens of each answer])
 CPU = torch.device("cpu")
@@ -33,10 +32,10 @@ def seen(segments) -> torch.Tensor:
 
 
 def params(segments):
-    if all(not answers for _, answers in segments):
-        lengths = torch.tensor([0, *(prompt for prompt, _ in segments)], dtype=torch.int32).cumsum(0)
-        return PackedSeqParams(qkv_format="thd", cu_seqlens_q=lengths, cu_seqlens_kv=lengths)
-    return SharedPromptParams(qkv_format="thd", segments=segments)
+    lengths = [prompt + sum(answers) for prompt, answers in segments]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    shares = any(answers for _, answers in segments)
+    return packed_rows(segments, cu_seqlens, max(lengths), shares_prompts=shares, fused_rotation=False)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])

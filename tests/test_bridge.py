@@ -38,7 +38,7 @@ def build(folder: str, device, *, tp=1, pp=1, vllm_tp=1, temperature=0.8, bucket
     actor.megatron.dtype = "float32"
     actor.ppo_max_token_len_per_gpu = 512
     actor.optim.lr = 1e-2
-    policy = Policy(facts, layout, actor, model_folder=folder, temperature=temperature, recompute=False)
+    policy = Policy(facts, layout, actor, model_folder=folder, temperature=temperature)
     rollout = RolloutConfig(n=2, temperature=temperature, tensor_model_parallel_size=vllm_tp, kv_cache_gib=0.1)
     rollout.val_kwargs = ValKwargs(n=3, do_sample=True, temperature=1.5)
     engine = Engine(

@@ -83,7 +83,7 @@ def worker(payload) -> list[tuple[float, float]]:
     actor.ppo_max_token_len_per_gpu, actor.optim.lr = 64, 1e-3
     facts = ModelFacts.from_folder(payload["model"])
     start = payload["start"]
-    policy = Policy(facts, layout, actor, model_folder=start, temperature=1.0, recompute=False)
+    policy = Policy(facts, layout, actor, model_folder=start, temperature=1.0)
     training_state = TrainingState(policy)
     if payload["done"]:
         training_state.load_optimizer(start, payload["done"])
@@ -178,7 +178,7 @@ def megatron_worker(payload) -> float:
     facts = ModelFacts.from_folder(payload["model"])
 
     def policy(folder: str) -> Policy:
-        return Policy(facts, layout, actor, model_folder=folder, temperature=1.0, recompute=False)
+        return Policy(facts, layout, actor, model_folder=folder, temperature=1.0)
 
     ours, theirs = policy(payload["checkpoint"]), policy(payload["model"])
     chunk = theirs.bare_chunks[0]
@@ -299,7 +299,7 @@ def filling_worker(payload) -> list[str]:
     layout = init_model_parallel(device, tp=1, pp=1, vpp=None, seed=1)
     actor, facts = Actor(), ModelFacts.from_folder(payload["model"])
     actor.megatron.dtype = "float32"
-    policy = Policy(facts, layout, actor, model_folder=payload["model"], temperature=1.0, recompute=False)
+    policy = Policy(facts, layout, actor, model_folder=payload["model"], temperature=1.0)
     module.ROOM_FOR_INDEX = 0  # a small disk and a small model
     saver = module.Saver(payload["root"], TrainingState(policy), layout, {}, keep=9, in_background=False, say=print)
     saver.save(state(1))

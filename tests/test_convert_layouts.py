@@ -105,11 +105,20 @@ def worlds(waves: Sequence[Sequence[tuple[int, int, int, Any]]]) -> Iterator[tup
 def build(hf: Path, layout, dtype: torch.dtype) -> torch.nn.Module:
     """This rank's part of the model, every parameter not a number until it is loaded."""
     from remax_megatron.config.model_facts import ModelFacts
+    from remax_megatron.config.schema import Recompute
     from remax_megatron.model.qwen2 import build_chunks, transformer_config
 
     facts = ModelFacts.from_folder(hf)
-    config = transformer_config(facts, layout, dtype=dtype, sequence_parallel=False, recompute=False)
-    (chunk,) = build_chunks(facts, config, layout, "sdpa")
+    config = transformer_config(
+        facts,
+        layout,
+        dtype=dtype,
+        sequence_parallel=False,
+        layers="local",
+        attention_backend="sdpa",
+        recompute=Recompute(),
+    )
+    (chunk,) = build_chunks(facts, config, layout, "local", "sdpa")
     with torch.no_grad():
         for parameter in chunk.parameters():
             parameter.fill_(float("nan"))
@@ -120,13 +129,12 @@ def build(hf: Path, layout, dtype: torch.dtype) -> torch.nn.Module:
 def logits_of(chunk: torch.nn.Module, layout, vocab: int) -> torch.Tensor | None:
     """Logits [T, V] of TOKENS, through all stages of this replica; None before the last stage."""
     import torch.distributed as dist
-    from megatron.core.packed_seq_params import PackedSeqParams
+
+    from remax_megatron.model.attention import packed_rows
 
     count = len(TOKENS)
     ends = torch.tensor([0, count], dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=count, max_seqlen_kv=count
-    )
+    packed = packed_rows([(count, [])], ends, count, shares_prompts=False, fused_rotation=False)
     stages = dist.get_process_group_ranks(layout.pp_group)
     if layout.pp_rank > 0:
         received = torch.empty(count, 1, chunk.config.hidden_size)

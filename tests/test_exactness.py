@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from remax_megatron.algorithm.aggregation import weigh_rows
+from remax_megatron.config.schema import Recompute
 from remax_megatron.types import Row
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
@@ -20,17 +21,18 @@ LAYOUTS = {  # ranks -> (dp, tp, pp)
     8: [(4, 2, 1), (4, 1, 2), (2, 2, 2)],
     16: [(4, 2, 2)],
 }
+FULL = Recompute("full")
 HOW = {  # share_prompts, skip, budget (None: one row per micro-batch), recompute
-    "plain": (False, False, 160, False),
-    "skip": (False, True, 160, False),
-    "shared": (True, False, 160, False),
-    "shared and skip": (True, True, 160, False),
-    "one row": (False, False, None, False),
-    "all in one": (False, False, 10**6, False),
-    "all in one, shared": (True, True, 10**6, False),
-    "tight, shared": (True, True, 70, False),
-    "recompute": (False, True, 160, True),
-    "recompute, shared": (True, True, 160, True),
+    "plain": (False, False, 160, Recompute()),
+    "skip": (False, True, 160, Recompute()),
+    "shared": (True, False, 160, Recompute()),
+    "shared and skip": (True, True, 160, Recompute()),
+    "one row": (False, False, None, Recompute()),
+    "all in one": (False, False, 10**6, Recompute()),
+    "all in one, shared": (True, True, 10**6, Recompute()),
+    "tight, shared": (True, True, 70, Recompute()),
+    "recompute": (False, True, 160, FULL),
+    "recompute, shared": (True, True, 160, FULL),
 }
 
 

@@ -85,7 +85,7 @@ def build(folder: str, device, layout: tuple, actor=None):
     actor.megatron.dtype, actor.megatron.use_distributed_optimizer = dtype, distributed_optimizer
     actor.ppo_max_token_len_per_gpu, actor.optim.lr = 64, 1e-3
     ranks = init_model_parallel(device, tp=tp, pp=pp, vpp=vpp, seed=1)
-    return Policy(ModelFacts.from_folder(folder), ranks, actor, model_folder=folder, temperature=1.0, recompute=False)
+    return Policy(ModelFacts.from_folder(folder), ranks, actor, model_folder=folder, temperature=1.0)
 
 
 def state_of(policy) -> list[torch.Tensor]:

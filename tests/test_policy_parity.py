@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from remax_megatron.config.schema import Recompute
 from remax_megatron.types import Row
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
@@ -31,7 +32,7 @@ def make_rows(seed: int = 0, count: int = 12) -> list[Row]:
     return rows
 
 
-def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_batch: int | None = None, recompute=False):
+def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_batch: int | None = None, recompute=None):
     from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
     from remax_megatron.parallel.layout import init_model_parallel
@@ -48,7 +49,7 @@ def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_bat
     actor.optim.lr, actor.optim.eps = 1e-4, 1e-5
     ranks = init_model_parallel(device, tp=tp, pp=pp, vpp=vpp, seed=1)
     facts = ModelFacts.from_folder(folder)
-    return Policy(facts, ranks, actor, model_folder=folder, temperature=1.0, recompute=recompute)
+    return Policy(facts, ranks, actor, model_folder=folder, temperature=1.0, recompute=recompute or Recompute())
 
 
 def take_update(policy, rows: list[Row]):
@@ -169,7 +170,9 @@ def test_packing_and_recomputation_change_nothing(models, single):
         {"rows_per_batch": 1},  # one row per micro-batch
         {"budget": 10**6},  # all rows in one
         {"budget": 50},
-        {"budget": 120, "recompute": True},
+        {"budget": 120, "recompute": Recompute("full")},
+        {"budget": 120, "recompute": Recompute("full", "block", 1)},
+        {"budget": 120, "recompute": Recompute("selective")},
     ]
     payload = {"folder": models[0][0], "settings": settings, "rows": make_rows()}
     results = run_ranks("tests.test_policy_parity:packing_worker", 1, payload)[0]

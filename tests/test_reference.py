@@ -50,7 +50,7 @@ def worker(payload):
         actor.megatron.use_distributed_optimizer, actor.optim.clip_grad, actor.optim.lr = False, 0.0, 1e-12
         actor.ppo_max_token_len_per_gpu, actor.share_prompts = 40, True
         actor.use_kl_loss, actor.kl_loss_coef = True, COEF
-        policy = Policy(facts, layout, actor, model_folder=payload["policy"], temperature=TEMPERATURE, recompute=False)
+        policy = Policy(facts, layout, actor, model_folder=payload["policy"], temperature=TEMPERATURE)
         reference = Reference(
             facts, layout, actor, model_folder=payload["reference"], temperature=TEMPERATURE, offload=True
         )

@@ -2,8 +2,8 @@
 
 Rows stand one after the other without padding between them. Rows that share their prompt may stand behind one copy of
 it: then every answer's positions go on where the prompt ends. Padding tokens, where a layout needs the length to be a
-multiple (sequence parallelism) or likes few distinct lengths (bfloat16 kernels on CPU), form one more row of their
-own at the end, which nothing scores.
+multiple (sequence parallelism), to be the same in all micro-batches (pipelines), or likes few distinct lengths
+(bfloat16 kernels on CPU), form rows of their own at the end, which nothing scores.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from torch import Tensor
 
 from remax_megatron.types import Row
 
+LONGEST_PADDING_ROW = 1024  # tokens, in a micro-batch without rows; else the longest row: attention costs their square
+
 
 @dataclass
 class PackedBatch:
     """One micro-batch. `position_R[i]` is the packed position whose hidden state predicts `target_R[i]`.
 
-    tokens_T, positions_T  [T] int64         cu_seqlens [num_rows + padding row + 1] int32
+    tokens_T, positions_T  [T] int64         cu_seqlens [segments + 1] int32
     target_R               [R] int64         weight_R, advantage_R, the logprobs [R] float32
     `old_logprob_R` is None when every ratio is exactly 1, `ref_logprob_R` without a KL; `rows` numbers the rows as the
-    caller does, `response_lengths` cuts R into them. `segments` is None unless prompts are shared: (prompt tokens,
-    [tokens of each answer]) in order, see `SharedPromptParams`.
+    caller does, `response_lengths` cuts R into them. `segments` holds (prompt tokens, [tokens of each answer]) in
+    order, without answers where a row stands alone.
     """
 
     rows: list[int]
@@ -43,7 +45,7 @@ class PackedBatch:
     ref_logprob_R: Tensor | None
     weight_R: Tensor  # 0 for rows that were not weighed, which are only scored
     response_lengths: list[int]
-    segments: list[tuple[int, list[int]]] | None = None
+    segments: list[tuple[int, list[int]]]
     number: int = 0  # among the micro-batches of its rank
 
 
@@ -95,10 +97,12 @@ def pack(
     padded = max(pad_to, -(-num_tokens // pad_to) * pad_to)
     if pad_limit is not None:
         padded = min(padded, max(pad_limit, pad_to))
-    if padding := max(padded - num_tokens, 0):
-        segments.append((padding, []))
-        tokens.extend([0] * padding)
-        positions.extend(range(padding))
+    longest = max((prompt + sum(answers) for prompt, answers in segments), default=LONGEST_PADDING_ROW)
+    while (padding := padded - len(tokens)) > 0:
+        length = min(padding, longest)
+        segments.append((length, []))
+        tokens.extend([0] * length)
+        positions.extend(range(length))
     chosen = [rows[i] for i in indices]
     lengths = [prompt + sum(answers) for prompt, answers in segments]
 
@@ -124,6 +128,6 @@ def pack(
         ref_logprob_R=floats_if_all([row.ref_logprobs for row in chosen]),
         weight_R=floats([[row.weight or 0.0] * len(row.response_ids) for row in chosen]),
         response_lengths=[len(row.response_ids) for row in chosen],
-        segments=segments if share_prompts else None,
+        segments=segments,
         number=number,
     )

@@ -290,6 +290,9 @@ class Recompute:
     modules: tuple[str, ...] = ("mlp",)
 
 
+NO_RECOMPUTE = Recompute()
+
+
 def recompute_of(config: Config) -> Recompute:
     """The recompute settings: override_transformer_config where it names a granularity, else full or none as
     model.enable_gradient_checkpointing says."""

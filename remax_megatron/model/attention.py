@@ -1,14 +1,14 @@
 """Attention over packed rows: what Megatron's `core_attention` slot holds on each device.
 
-Query, key and value arrive as [T, heads, head_dim] with `PackedSeqParams` (THD). Backends, chosen once per run:
+Query, key and value arrive as [T, heads, head_dim] with `PackedRows` (THD). Backends, chosen once per run:
 
     transformer_engine  GPU; Megatron's TEDotProductAttention
     varlen              GPU without Transformer Engine; torch.nn.attention.varlen (torch >= 2.11)
     flex                GPU; torch's flex attention, compiled
     sdpa                anywhere; scaled-dot-product attention per row, the reference the tests compare with
 
-Shared prompts (`SharedPromptParams`): the answers to one prompt stand behind it, and each sees the prompt and itself.
-Only flex and sdpa compute that.
+Shared prompts: the answers to one prompt stand behind it, and each sees the prompt and itself. Only flex and sdpa
+compute that.
 """
 
 from __future__ import annotations
@@ -25,27 +25,55 @@ from torch import Tensor
 
 from remax_megatron.errors import UserError
 
-SHARES_PROMPTS = ("flex", "sdpa")  # backends that take SharedPromptParams
+SHARES_PROMPTS = ("flex", "sdpa")  # backends that compute shared prompts
+Segments = list[tuple[int, list[int]]]
 
 
 @dataclass
-class SharedPromptParams(PackedSeqParams):
-    """A pack in which every segment is a prompt and, one after the other, the answers to it.
+class PackedRows(PackedSeqParams):
+    """What Megatron and the attention have to know of a pack.
 
-    `segments[i]` is (prompt tokens, [tokens of each answer]); a segment without answers is one causal row. Megatron's
-    own `cu_seqlens` describe one row of all tokens: rotary angles come per token, see `HiddenStatesModel`.
+    `segments[i]` is (prompt tokens, [tokens of each answer behind it]); a segment without answers is one causal row.
+    `row_cu_seqlens` [rows + 1] int32, on the device, is where the rows begin and end; with shared prompts it has no
+    meaning. Megatron's own `cu_seqlens_*` say how it rotates queries and keys; see `packed_rows`.
     """
 
-    segments: list[tuple[int, list[int]]] | None = None
+    segments: Segments | None = None
+    row_cu_seqlens: Tensor | None = None
+    angles_per_token: bool = False
+
+
+def packed_rows(
+    segments: Segments, cu_seqlens: Tensor, max_seqlen: int, *, shares_prompts: bool, fused_rotation: bool
+) -> PackedRows:
+    """The `PackedRows` of segments that begin and end at `cu_seqlens` [segments + 1] int32, on the device.
+
+    With `fused_rotation` one kernel of Transformer Engine rotates the rows that `cu_seqlens_q` names: all tokens are
+    one row under shared prompts, with angles that come per token. Without it there is no `cu_seqlens_q`, and Megatron
+    rotates all tokens at once by angles per token.
+    """
+    named = None
+    if fused_rotation:
+        named = cu_seqlens[:: len(segments)].contiguous() if shares_prompts else cu_seqlens
+    return PackedRows(
+        qkv_format="thd",
+        cu_seqlens_q=named,
+        cu_seqlens_kv=named,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        segments=segments,
+        row_cu_seqlens=cu_seqlens,
+        angles_per_token=shares_prompts or not fused_rotation,
+    )
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, share_prompts: bool = False) -> str:
     """The backend to use on `device` for `dtype`; UserError when the requested one cannot run there, or cannot
     compute shared prompts."""
-    fast = device.type == "cuda" and dtype == torch.bfloat16  # flash kernels take no float32
+    fast = dtype == torch.bfloat16  # flash kernels take no float32
     runs = {
         "transformer_engine": fast and HAVE_TE,
-        "varlen": fast and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
+        "varlen": fast and device.type == "cuda" and importlib.util.find_spec("torch.nn.attention.varlen") is not None,
         "flex": device.type == "cuda",
         "sdpa": True,
     }
@@ -79,7 +107,7 @@ class _PackedAttention(torch.nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type=None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
         assert packed_seq_params is not None, "the policy only runs packed micro-batches"
         out_TND = self.attend(query_TND, key_TKD, value_TKD, packed_seq_params)
@@ -89,9 +117,9 @@ class _PackedAttention(torch.nn.Module):
 class SdpaPerRow(_PackedAttention):
     """Causal attention, one row at a time: work grows with the sum of squared row lengths, not of the whole pack."""
 
-    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
+    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedRows) -> Tensor:
         outs, start = [], 0
-        for prompt, answers in _segments(packed):
+        for prompt, answers in packed.segments:
             end = start + prompt
             rows = slice(start, end)
             outs.append(self._row(query_TND[rows], key_TKD[rows], value_TKD[rows]))
@@ -125,10 +153,10 @@ class SdpaPerRow(_PackedAttention):
 class FlexAttention(_PackedAttention):
     """torch's flex attention under a mask made from the segments; compiled on CUDA. arXiv 2412.05496."""
 
-    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
+    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedRows) -> Tensor:
         mask = getattr(packed, "block_mask", None)  # the same in every layer
         if mask is None:
-            mask = packed.block_mask = _block_mask(_segments(packed), query_TND.shape[0], query_TND.device)
+            mask = packed.block_mask = _block_mask(packed.segments, query_TND.shape[0], query_TND.device)
         out = _flex_attention(query_TND.is_cuda)(
             *(tensor.transpose(0, 1).unsqueeze(0) for tensor in (query_TND, key_TKD, value_TKD)),
             block_mask=mask,
@@ -145,7 +173,7 @@ def _flex_attention(compiled: bool):
     return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
-def _block_mask(segments: list[tuple[int, list[int]]], total: int, device: torch.device):
+def _block_mask(segments: Segments, total: int, device: torch.device):
     from torch.nn.attention.flex_attention import create_block_mask
 
     segment_T, answer_T = _labels(segments, device)
@@ -158,14 +186,7 @@ def _block_mask(segments: list[tuple[int, list[int]]], total: int, device: torch
     return create_block_mask(sees, B=None, H=None, Q_LEN=total, KV_LEN=total, device=device, **compiled)
 
 
-def _segments(packed: PackedSeqParams) -> list[tuple[int, list[int]]]:
-    if isinstance(packed, SharedPromptParams):
-        assert packed.segments is not None
-        return packed.segments
-    return [(length, []) for length in packed.cu_seqlens_q.diff().tolist()]
-
-
-def _labels(segments: list[tuple[int, list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _labels(segments: Segments, device: torch.device) -> tuple[Tensor, Tensor]:
     """Per token: the number of its segment, and that of its answer within it (0: the prompt)."""
     lengths = [prompt + sum(answers) for prompt, answers in segments]
     segment_T = torch.arange(len(segments)).repeat_interleave(torch.tensor(lengths))
@@ -177,7 +198,7 @@ def _labels(segments: list[tuple[int, list[int]]], device: torch.device) -> tupl
 class VarlenAttention(_PackedAttention):
     """torch's variable-length flash attention; CUDA, bfloat16, torch >= 2.11."""
 
-    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedSeqParams) -> Tensor:
+    def attend(self, query_TND, key_TKD, value_TKD, packed: PackedRows) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
         group = query_TND.shape[1] // key_TKD.shape[1]
@@ -185,8 +206,8 @@ class VarlenAttention(_PackedAttention):
             query_TND.contiguous(),
             key_TKD.repeat_interleave(group, dim=1),
             value_TKD.repeat_interleave(group, dim=1),
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
+            packed.row_cu_seqlens,
+            packed.row_cu_seqlens,
             packed.max_seqlen_q,
             packed.max_seqlen_kv,
             scale=self.softmax_scale,

@@ -10,43 +10,32 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.attention import SharedPromptParams, core_attention
+from remax_megatron.config.schema import Recompute
+from remax_megatron.model.attention import PackedRows
+from remax_megatron.model.layers import layer_spec
 from remax_megatron.model.weight_table import padded_vocab_size
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
 
 
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm whose weight carries Megatron's `sequence_parallel` mark.
-
-    Megatron's own torch norm refuses sequence parallelism (megatron-core 0.16.1, `WrappedTorchNorm`); the mark makes
-    its gradient be summed over tensor-parallel ranks. Can go when that norm sets the mark.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_ignored):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
-
-
 class HiddenStatesModel(GPTModel):
     """GPTModel that returns the final-norm hidden states [T, 1, H] (cut over ranks under sequence parallelism)."""
 
-    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
-        """Under shared prompts the rotary angles (index 1 of the result) are those of `position_ids`."""
+    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params: PackedRows, **kwargs):
+        """Where the rotation is by token, the angles (index 1 of the result) are those of `position_ids`: made once
+        for all layers. Megatron's own way (0.16.1, 0.19.2: rope_utils.py, `_apply_rotary_pos_emb_thd`) reads the
+        lengths of the rows back from the device and rotates row by row, in every layer."""
         made = list(super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs))
-        if isinstance(packed_seq_params, SharedPromptParams):
+        if packed_seq_params.angles_per_token:
             made[1] = made[1].index_select(0, position_ids[0])
+            if packed_seq_params.cu_seqlens_q is None:
+                made[1] = made[1].squeeze(1)  # [T, 1, head_dim], as [T, heads, head_dim] is rotated
         return tuple(made)
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -60,9 +49,19 @@ class HiddenStatesModel(GPTModel):
 
 
 def transformer_config(
-    facts: ModelFacts, layout: Layout, *, dtype: torch.dtype, sequence_parallel: bool, recompute: bool
+    facts: ModelFacts,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
+    recompute: Recompute,
+    layers: str,
+    attention_backend: str,
 ) -> TransformerConfig:
-    """Megatron's description of the architecture in `facts` under `layout`."""
+    """Megatron's description of the architecture in `facts` under `layout`.
+
+    `layers` and `attention_backend` are results of `choose_layers` and `choose_backend`.
+    """
     fields = dict(
         num_layers=facts.num_layers,
         hidden_size=facts.hidden_size,
@@ -85,37 +84,44 @@ def transformer_config(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=sequence_parallel and layout.tp > 1,
-        variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # no experts here, but the default refuses variable lengths
         calculate_per_token_loss=True,  # tokens arrive weighed by global counts: algorithm.aggregation
         perform_initialization=False,
         attention_softmax_in_fp32=True,
-        gradient_accumulation_fusion=False,
+        bias_activation_fusion=True,  # SwiGLU in one kernel
+        gradient_accumulation_fusion=False,  # it would ask for apex in the output layer: see fuse_weight_gradients
+        # One kernel rotates all rows. Without Transformer Engine, see HiddenStatesModel.
+        apply_rope_fusion="transformer_engine" in (layers, attention_backend),
+        # "auto" would fall back to unfused attention without a word.
+        attention_backend=AttnBackend.fused if attention_backend == "transformer_engine" else AttnBackend.auto,
         # Without the overlap, an interleaved schedule on two stages would match the messages of the two directions
         # with each other (one pair of ranks, one batch); see the check in Megatron-LM arguments.py.
         batch_p2p_comm=layout.vpp == 1,
         overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_sync=False,  # a device synchronisation per message, for versions of torch long gone
     )
-    if recompute:
-        fields |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if recompute.granularity == "full":
+        fields |= dict(
+            recompute_granularity="full",
+            recompute_method=recompute.method,
+            recompute_num_layers=recompute.num_layers,
+        )
+    elif recompute.granularity == "selective":
+        fields |= dict(recompute_granularity="selective", recompute_modules=list(recompute.modules))
     if layout.device.type != "cuda":
         fields |= cpu_platform.transformer_config_overrides()
     return TransformerConfig(**fields)
 
 
 def build_chunks(
-    facts: ModelFacts, config: TransformerConfig, layout: Layout, attention_backend: str
+    facts: ModelFacts, config: TransformerConfig, layout: Layout, layers: str, attention_backend: str
 ) -> list[HiddenStatesModel]:
     """This rank's model chunks (one per virtual stage), weights not yet set, on `layout.device`."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = core_attention(attention_backend)
+    layer, norm = layer_spec(layers, attention_backend)
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None
         num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-        block = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+        block = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
         chunk = HiddenStatesModel(
             config=config,
             transformer_layer_spec=block,

@@ -26,14 +26,8 @@ import torch
 
 from remax_megatron.model.hf_folder import FolderError
 from remax_megatron.model.mapped import Extent, MappedFiles
-from remax_megatron.model.weight_table import WeightEntry
+from remax_megatron.model.weight_table import TE_NAMES, WeightEntry
 
-# Megatron's local layers are saved under the names of Transformer Engine's fused ones
-# (gpt_layer_specs.py: sharded_state_dict_keys_map), and the layers are stacked along a first dimension.
-SAVED_NAMES = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
 # Megatron asks for these objects of every layer when it loads; without FP8 they hold None. The last one is asked for by
 # Transformer Engine's attention up to megatron-core 0.14; what a model does not ask for is not read.
 EXTRA_STATES = (
@@ -72,7 +66,7 @@ def saved_key(entry: WeightEntry) -> str:
     if entry.layer is None:
         return entry.megatron_name
     in_layer = entry.megatron_name.split("{layer}.")[1]
-    return f"decoder.layers.{SAVED_NAMES.get(in_layer, in_layer)}"
+    return f"decoder.layers.{TE_NAMES.get(in_layer, in_layer)}"
 
 
 class _Record:

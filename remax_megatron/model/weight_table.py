@@ -3,7 +3,8 @@
 Pure: tensors in, tensors out; no groups, no Megatron import. The policy's loading, the weight sync into the rollout
 engine and the export all go through it.
 
-Megatron's side of the table (megatron-core 0.16.1, `get_gpt_layer_local_spec`):
+Megatron's side of the table (megatron-core 0.16.1 and 0.19.2, `get_gpt_layer_local_spec`; the names of
+`get_gpt_layer_with_transformer_engine_spec` are in `TE_NAMES`):
     linear_qkv   query heads of a group, then its key head, then its value head, group after group; cut by rows over
                  tensor-parallel ranks, also when there are more ranks than groups (Megatron then gathers the output)
     linear_fc1   on each rank: its rows of gate_proj, then its rows of up_proj
@@ -24,6 +25,12 @@ VOCAB_MULTIPLE = 128
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 HEAD = "output_layer.weight"
+# What Transformer Engine's layers, which fuse a norm into the linear behind it, call two parameters of the table. In
+# Megatron's checkpoints these are the names under either kind of layers (`sharded_state_dict_keys_map`).
+TE_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,14 @@ def weight_table(facts: ModelFacts) -> list[WeightEntry]:
     if not facts.tied_embeddings:
         entries.append(WeightEntry(HEAD, "vocab", ("lm_head.weight",), vocab))
     return entries
+
+
+def table_name(parameter_name: str) -> str:
+    """The name in the table of a parameter of a model chunk, whichever kind of layers it is made of."""
+    for name, te_name in TE_NAMES.items():
+        if parameter_name.endswith(te_name):
+            return parameter_name.removesuffix(te_name) + name
+    return parameter_name
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

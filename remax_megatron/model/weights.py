@@ -22,11 +22,17 @@ from remax_megatron.model.weight_table import (
     WeightEntry,
     owner,
     shard_shape,
+    table_name,
     to_hf,
     to_megatron,
     weight_table,
 )
 from remax_megatron.parallel.layout import Layout
+
+
+def table_parameters(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a model chunk by their names in the weight table."""
+    return {table_name(name): parameter for name, parameter in chunk.named_parameters()}
 
 
 def load_weights(chunks: list[torch.nn.Module], folder: str, facts: ModelFacts, layout: Layout) -> None:
@@ -37,7 +43,7 @@ def load_weights(chunks: list[torch.nn.Module], folder: str, facts: ModelFacts, 
     With tied embeddings and more than one pipeline stage the last stage's copy of the embedding is filled too.
     """
     weights = open_weights(folder, facts)
-    parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+    parameters = [table_parameters(chunk) for chunk in chunks]
     for entry in weight_table(facts):
         rank, chunk, name = owner(entry, facts.num_layers, layout.pp, layout.vpp)
         targets = [parameters[chunk].pop(name)] if rank == layout.pp_rank else []
@@ -80,7 +86,7 @@ class WeightStream:
         dtype: torch.dtype,
         bucket_bytes: int,
     ):
-        self._parameters = [dict(chunk.named_parameters()) for chunk in chunks]
+        self._parameters = [table_parameters(chunk) for chunk in chunks]
         self._facts, self._layout, self._dtype = facts, layout, dtype
         self._buckets = self._plan(bucket_bytes)
         numel = sum(torch.Size(s).numel() for entry in weight_table(facts) for s in entry.hf_shapes)

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -24,8 +23,9 @@ from remax_megatron.algorithm.logprob import head_logprob
 from remax_megatron.batching.packed import PackedBatch, num_shared_tokens, pack, prompt_groups
 from remax_megatron.batching.schedule import Schedule, row_cost, schedule_by_rows, schedule_by_tokens
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Actor
-from remax_megatron.model.attention import SharedPromptParams, choose_backend
+from remax_megatron.config.schema import NO_RECOMPUTE, Actor, Recompute
+from remax_megatron.model.attention import choose_backend, packed_rows
+from remax_megatron.model.layers import choose_layers
 from remax_megatron.model.qwen2 import build_chunks, transformer_config
 from remax_megatron.model.weights import load_weights
 from remax_megatron.parallel import watchdog
@@ -59,7 +59,7 @@ class PackedModel:
         *,
         model_folder: str,
         temperature: float,
-        recompute: bool,
+        recompute: Recompute = NO_RECOMPUTE,
         log: Callable[[str], None] = lambda line: None,
     ):
         self.facts, self.layout, self.actor = facts, layout, actor
@@ -69,16 +69,19 @@ class PackedModel:
         self.shares_prompts = actor.share_prompts
         requested = actor.megatron.attention_backend
         backend = choose_backend(requested, layout.device, self.dtype, self.shares_prompts)
-        log(f"Attention backend: {backend} on {layout.device.type}, {actor.megatron.dtype}")
+        layers = choose_layers(actor.megatron.layers, layout.device, self.dtype)
+        log(f"Layers: {layers}, attention: {backend}, on {layout.device.type} in {actor.megatron.dtype}")
         self.config = transformer_config(
             facts,
             layout,
             dtype=self.dtype,
             sequence_parallel=actor.megatron.sequence_parallel,
             recompute=recompute,
+            layers=layers,
+            attention_backend=backend,
         )
         self.sequence_parallel = self.config.sequence_parallel
-        self.bare_chunks = build_chunks(facts, self.config, layout, backend)
+        self.bare_chunks = build_chunks(facts, self.config, layout, layers, backend)
         load_weights(self.bare_chunks, model_folder, facts, layout)
         wraps = self.dtype != torch.float32
         self.chunks = [Float16Module(self.config, chunk) if wraps else chunk for chunk in self.bare_chunks]
@@ -150,13 +153,9 @@ class PackedModel:
     ) -> None:
         """Megatron's forward (and backward) schedule over this rank's micro-batches; all ranks call."""
         mine = schedule[self.layout.dp_rank]
-        pad_to = self.layout.tp if self.sequence_parallel else 1
-        if self.layout.device.type == "cpu" and self.dtype == torch.bfloat16:
-            # Each new matrix shape costs 50 to 70 ms of kernel generation in bfloat16 on CPU: keep them few.
-            pad_to = math.lcm(64, pad_to)
+        pad_to = self._padding_multiple(rows, mine)
 
         def batches() -> Iterator[PackedBatch]:
-            limit = self.actor.ppo_max_token_len_per_gpu if self.actor.use_dynamic_bsz else None
             for number, indices in enumerate(mine):
                 watchdog.beat(f"micro-batch {number + 1} of {len(mine)}")
                 yield pack(
@@ -164,7 +163,7 @@ class PackedModel:
                     indices,
                     number=number,
                     pad_to=pad_to,
-                    pad_limit=limit,
+                    pad_limit=self._pad_limit,
                     share_prompts=self.shares_prompts,
                     device=self.layout.device,
                 )
@@ -182,11 +181,28 @@ class PackedModel:
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(mine),
-                seq_length=1,  # lengths vary; Megatron exchanges the real shapes
+                seq_length=pad_to,  # used by pipelines, whose messages then need no shapes
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
         watchdog.beat("after its micro-batches")
+
+    def _padding_multiple(self, rows: Sequence[Row], mine: Sequence[Sequence[int]]) -> int:
+        """What the length of a micro-batch is padded to a multiple of. In a pipeline it is one length for all: else
+        the stages would have to tell each other the shape of every message, and wait for the device to read it."""
+        multiple = self.layout.tp if self.sequence_parallel else 1
+        if self.layout.device.type == "cpu" and self.dtype == torch.bfloat16:
+            # Each new matrix shape costs 50 to 70 ms of kernel generation in bfloat16 on CPU: keep them few.
+            multiple = math.lcm(64, multiple)
+        if self.layout.pp == 1:
+            return multiple
+        longest = max(self.num_computed_tokens(rows, batch) for batch in mine)
+        padded = max(-(-longest // multiple), 1) * multiple
+        return min(padded, max(self._pad_limit, longest)) if self._pad_limit else padded
+
+    @property
+    def _pad_limit(self) -> int | None:
+        return self.actor.ppo_max_token_len_per_gpu if self.actor.use_dynamic_bsz else None
 
     def _forward_step(self, batches: Iterator[PackedBatch], chunk, *, loss: LossFunction, temperature: float):
         batch = next(batches)
@@ -195,7 +211,13 @@ class PackedModel:
             input_ids=batch.tokens_T.unsqueeze(0),
             position_ids=batch.positions_T.unsqueeze(0),
             attention_mask=None,
-            packed_seq_params=_packed_params(batch),
+            packed_seq_params=packed_rows(
+                batch.segments,
+                batch.cu_seqlens,
+                batch.max_seqlen,
+                shares_prompts=self.shares_prompts,
+                fused_rotation=self.config.apply_rope_fusion,
+            ),
             **keep_dtype,
         )
 
@@ -224,15 +246,6 @@ class PackedModel:
             group=group,
         )
         return Scored(logprob_R, entropy_R, hidden_RH, head_VH)
-
-
-def _packed_params(batch: PackedBatch) -> PackedSeqParams:
-    """What Megatron and the attention have to know of the pack."""
-    shape = {"qkv_format": "thd", "max_seqlen_q": batch.max_seqlen, "max_seqlen_kv": batch.max_seqlen}
-    if batch.segments is None:
-        return PackedSeqParams(cu_seqlens_q=batch.cu_seqlens, cu_seqlens_kv=batch.cu_seqlens, **shape)
-    whole = batch.cu_seqlens[[0, -1]]  # one row, whose rotary angles come per token
-    return SharedPromptParams(cu_seqlens_q=whole, cu_seqlens_kv=whole, segments=batch.segments, **shape)
 
 
 def _groups_within(rows: Sequence[Row], budget: int) -> list[list[int]]:

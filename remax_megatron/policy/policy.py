@@ -23,7 +23,7 @@ from remax_megatron.algorithm.losses import Clip, clipped_policy_loss, reinforce
 from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Actor, RolloutCorrection
+from remax_megatron.config.schema import NO_RECOMPUTE, Actor, Recompute, RolloutCorrection
 from remax_megatron.guards import MADE, VERDICTS, forbidden
 from remax_megatron.model.weights import WeightStream
 from remax_megatron.parallel import cpu_platform
@@ -92,7 +92,7 @@ class Policy(PackedModel):
         *,
         model_folder: str,
         temperature: float,
-        recompute: bool,
+        recompute: Recompute = NO_RECOMPUTE,
         correction: RolloutCorrection | None = None,
         log: Callable[[str], None] = lambda line: None,
     ):

@@ -30,9 +30,7 @@ class Reference(PackedModel):
         offload: bool,
         log: Callable[[str], None] = lambda line: None,
     ):
-        super().__init__(
-            facts, layout, actor, model_folder=model_folder, temperature=temperature, recompute=False, log=log
-        )
+        super().__init__(facts, layout, actor, model_folder=model_folder, temperature=temperature, log=log)
         for chunk in self.chunks:
             chunk.requires_grad_(False)
         self._offload = offload and layout.device.type == "cuda"

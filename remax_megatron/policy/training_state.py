@@ -34,6 +34,7 @@ from remax_megatron.model.weight_table import (
     shard_runs,
     weight_table,
 )
+from remax_megatron.model.weights import table_parameters
 from remax_megatron.parallel import watchdog
 from remax_megatron.policy.policy import Policy
 
@@ -164,7 +165,7 @@ class TrainingState:
     def _owned(self) -> Iterator[tuple[_Owned, bool]]:
         """What this rank holds, with True for the last stage's copy of a tied embedding."""
         layout, facts = self._layout, self._facts
-        parameters = [dict(chunk.named_parameters()) for chunk in self._policy.bare_chunks]
+        parameters = [table_parameters(chunk) for chunk in self._policy.bare_chunks]
         for entry in weight_table(facts):
             rank, chunk, name = owner(entry, facts.num_layers, layout.pp, layout.vpp)
             if rank == layout.pp_rank:
