@@ -131,18 +131,22 @@ def to_hf(entry: WeightEntry, shards: Sequence[Tensor], facts: ModelFacts) -> di
     if entry.kind == "replicated":
         return {entry.hf_names[0]: shards[0]}
     if entry.kind == "row":
-        return {entry.hf_names[0]: torch.cat(list(shards), dim=1)}
+        return {entry.hf_names[0]: _joined(shards, dim=1)}
     if entry.kind == "vocab":
-        return {entry.hf_names[0]: torch.cat(list(shards))[: facts.vocab_size]}
+        return {entry.hf_names[0]: _joined(shards)[: facts.vocab_size]}
     if entry.kind == "gate_up":
         halves = [shard.chunk(2, dim=0) for shard in shards]
-        return {name: torch.cat([half[i] for half in halves]) for i, name in enumerate(entry.hf_names)}
-    merged = torch.cat(list(shards))
+        return {name: _joined([half[i] for half in halves]) for i, name in enumerate(entry.hf_names)}
+    merged = _joined(shards)
     groups = facts.num_key_value_heads
     heads = facts.num_attention_heads // groups
     by_group = merged.reshape(groups, heads + 2, facts.head_dim, *merged.shape[1:])
     query, key, value = by_group.split([heads, 1, 1], dim=1)
     return {name: part.flatten(0, 2) for name, part in zip(entry.hf_names, (query, key, value), strict=True)}
+
+
+def _joined(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ shares are gathered over the tensor-parallel ranks. Every rank takes part in eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,15 +85,18 @@ class WeightStream:
         layout: Layout,
         dtype: torch.dtype,
         bucket_bytes: int,
+        make_ready: Callable[[], None] = lambda: None,
     ):
+        """`bucket_bytes` bounds the whole tensors of a bucket, if it holds more than one; `make_ready` is called
+        before the weights are read, on every rank."""
         self._parameters = [table_parameters(chunk) for chunk in chunks]
-        self._facts, self._layout, self._dtype = facts, layout, dtype
+        self._facts, self._layout, self._dtype, self._make_ready = facts, layout, dtype, make_ready
         self._buckets = self._plan(bucket_bytes)
         numel = sum(torch.Size(s).numel() for entry in weight_table(facts) for s in entry.hf_shapes)
         self.num_bytes = numel * dtype.itemsize
 
     def _plan(self, bucket_bytes: int) -> list[_Bucket]:
-        limit = max(1, bucket_bytes // self._dtype.itemsize)
+        limit = max(1, bucket_bytes // self._dtype.itemsize // self._layout.tp)
         by_stage: dict[int, list] = {stage: [] for stage in range(self._layout.pp)}
         for entry in weight_table(self._facts):
             stage, chunk, name = owner(entry, self._facts.num_layers, self._layout.pp, self._layout.vpp)
@@ -114,23 +117,40 @@ class WeightStream:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Collective over each model replica: all its ranks iterate to the end. Tensors die with the next bucket."""
-        layout = self._layout
+        """Collective over each model replica: all its ranks iterate to the end. A tensor is valid until the next one
+        is asked for; whoever keeps it keeps the memory of its bucket."""
+        self._make_ready()
         for bucket in self._buckets:
-            share = torch.empty(bucket.numel, dtype=self._dtype, device=layout.device)
-            if bucket.stage == layout.pp_rank:
-                for _, chunk, name, shape, offset in bucket.slots:
-                    target = share[offset : offset + torch.Size(shape).numel()].view(shape)
-                    target.copy_(self._parameters[chunk][name])
-            if layout.pp > 1:
-                source = dist.get_global_rank(layout.pp_group, bucket.stage)
-                dist.broadcast(share, src=source, group=layout.pp_group)
-            shares = [share]
-            if layout.tp > 1:
-                gathered = torch.empty(layout.tp, bucket.numel, dtype=self._dtype, device=layout.device)
-                dist.all_gather_into_tensor(gathered.view(-1), share, group=layout.tp_group)
-                shares = list(gathered)
-            for entry, _, _, shape, offset in bucket.slots:
-                size = torch.Size(shape).numel()
+            yield from self._tensors(bucket)
+
+    def _tensors(self, bucket: _Bucket) -> Iterator[tuple[str, Tensor]]:
+        """The Hugging Face tensors of a bucket. Its memory, and what its last tensor took, is free at the end."""
+        layout = self._layout
+        share = self._share(bucket)
+        if layout.pp > 1:
+            source = dist.get_global_rank(layout.pp_group, bucket.stage)
+            dist.broadcast(share, src=source, group=layout.pp_group)
+        shares = share.unsqueeze(0)
+        if layout.tp > 1:
+            shares = torch.empty(layout.tp, bucket.numel, dtype=self._dtype, device=layout.device)
+            dist.all_gather_into_tensor(shares.view(-1), share, group=layout.tp_group)
+        del share
+        for entry, _, _, shape, offset in bucket.slots:
+            size = torch.Size(shape).numel()
+            if len(bucket.slots) == 1 and entry.kind in ("vocab", "qkv"):  # cut along rows: the shares are the whole
+                shards = [shares.view(layout.tp * shape[0], *shape[1:])]
+            else:
                 shards = [one[offset : offset + size].view(shape) for one in shares]
-                yield from to_hf(entry, shards, self._facts).items()
+            yield from to_hf(entry, shards, self._facts).items()
+
+    def _share(self, bucket: _Bucket) -> Tensor:
+        """This rank's shards of a bucket, flat: [numel]. Where it owns the bucket they are its weights, else memory to
+        receive them in."""
+        mine = bucket.stage == self._layout.pp_rank
+        parameters = [self._parameters[chunk][name] for _, chunk, name, _, _ in bucket.slots if mine]
+        if self._layout.tp > 1 and len(parameters) == 1 and parameters[0].dtype == self._dtype:
+            return parameters[0].view(-1)  # only gathered from, never handed out
+        share = torch.empty(bucket.numel, dtype=self._dtype, device=self._layout.device)
+        for parameter, (_, _, _, shape, offset) in zip(parameters, bucket.slots, strict=mine):
+            share[offset : offset + torch.Size(shape).numel()].view(shape).copy_(parameter)
+        return share

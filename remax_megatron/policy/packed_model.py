@@ -185,7 +185,13 @@ class PackedModel:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        for chunk in self.bare_chunks:
+            chunk.set_input_tensor(None)  # else the last message and its gradient stay in memory
         watchdog.beat("after its micro-batches")
+
+    def _head(self, chunk) -> Tensor:
+        """This rank's rows of the head, ready to be computed with."""
+        return _unwrap(chunk).head_weight()
 
     def _padding_multiple(self, rows: Sequence[Row], mine: Sequence[Sequence[int]]) -> int:
         """What the length of a micro-batch is padded to a multiple of. In a pipeline it is one length for all: else
@@ -235,7 +241,7 @@ class PackedModel:
         else:
             hidden_T1H = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_T1H, group=group)
         hidden_RH = hidden_T1H.squeeze(1).index_select(0, batch.position_R)
-        head_VH = _unwrap(chunk).head_weight()
+        head_VH = self._head(chunk)
         logprob_R, entropy_R = head_logprob(
             hidden_RH,
             head_VH,

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from remax_megatron.algorithm.importance import ImportanceStats, importance_weights
@@ -25,9 +26,11 @@ from remax_megatron.batching.schedule import Schedule
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import NO_RECOMPUTE, Actor, Recompute, RolloutCorrection
 from remax_megatron.guards import MADE, VERDICTS, forbidden
+from remax_megatron.model.layers import fuse_weight_gradients
 from remax_megatron.model.weights import WeightStream
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.policy.offload import HostOffload, optimizer_tensors
 from remax_megatron.policy.packed_model import PackedModel, Scored
 from remax_megatron.policy.reference import Reference
 from remax_megatron.types import Row
@@ -100,16 +103,25 @@ class Policy(PackedModel):
             facts, layout, actor, model_folder=model_folder, temperature=temperature, recompute=recompute, log=log
         )
         self.correction = correction or RolloutCorrection()
+        megatron = actor.megatron
+        on_several_gpus = layout.device.type == "cuda" and layout.dp > 1
+        overlap_reduce, overlap_gather = megatron.overlap_grad_reduce, megatron.overlap_param_gather
+        self.overlap_grad_reduce = on_several_gpus if overlap_reduce is None else overlap_reduce
+        self.overlap_param_gather = self.overlap_grad_reduce and megatron.use_distributed_optimizer
+        if overlap_gather is not None:
+            self.overlap_param_gather = overlap_gather
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            use_distributed_optimizer=actor.megatron.use_distributed_optimizer,
+            overlap_grad_reduce=self.overlap_grad_reduce,
+            overlap_param_gather=self.overlap_param_gather,
+            use_distributed_optimizer=megatron.use_distributed_optimizer,
             average_in_collective=False,
         )
         self.chunks = [
             DistributedDataParallel(config=self.config, ddp_config=ddp, module=chunk, disable_bucketing=i > 0)
             for i, chunk in enumerate(self.chunks)
         ]
+        fuse_weight_gradients(self.chunks)
         # The loss is already divided by its global count: gradients are summed over ranks and nothing more.
         self.config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: finalize_model_grads(
             model, None, **kwargs
@@ -119,7 +131,10 @@ class Policy(PackedModel):
             [chunk.no_sync for chunk in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
         )
         self.optimizer = self._build_optimizer()
+        self.optimizers = list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
         self.num_updates = 0
+        self._weights_are_gathered = True  # False where overlap_param_gather has left that to a forward pass
+        self._offload = HostOffload()
         self._released = False
 
     def _build_optimizer(self):
@@ -136,6 +151,7 @@ class Policy(PackedModel):
             bf16=self.dtype == torch.bfloat16,
             params_dtype=self.dtype,
             use_distributed_optimizer=self.actor.megatron.use_distributed_optimizer,
+            overlap_param_gather=self.overlap_param_gather,
         )
         no_decay_on_vectors = get_standard_config_overrides(config)
         with cpu_platform.cuda_type_names():
@@ -197,7 +213,7 @@ class Policy(PackedModel):
                 torch.maximum(maxima, batch_maxima, out=maxima)
             return total
 
-        self._restore_training_memory()
+        self._restore_gradients()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -206,8 +222,9 @@ class Policy(PackedModel):
             self._run(rows, schedule, loss, forward_only=False)
         dist.all_reduce(sums)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        total = dict(zip(_SUMS, sums.tolist(), strict=True))
-        maximum = dict(zip(_MAXIMA, maxima.tolist(), strict=True))
+        values = torch.cat([sums, maxima]).tolist()  # the host waits for the device once
+        total = dict(zip(_SUMS, values[: len(_SUMS)], strict=True))
+        maximum = dict(zip(_MAXIMA, values[len(_SUMS) :], strict=True))
         num_response_tokens = sum(len(row.response_ids) for row in rows)
         mean = {name: value / num_response_tokens for name, value in total.items()}
         grad_norm, skipped = self._step(total["loss"], mean["mismatch_abs"], mismatch_limit)
@@ -301,6 +318,7 @@ class Policy(PackedModel):
         The ranks agree on the verdict: one that sees a reason where others see none stops them all. Master weights,
         moments and `num_updates` are those of steps that were made; gradients begin at 0 in every update.
         """
+        self._offload.restore()
         with cpu_platform.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
@@ -310,9 +328,36 @@ class Policy(PackedModel):
             dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
             skipped = VERDICTS[int(verdict)]
             if skipped == MADE:
-                self.optimizer.step()
+                self._clip_gradients(grad_norm)
+                self.optimizer.step_with_ready_grads()
                 self.num_updates += 1
+                self._weights_are_gathered = not self.overlap_param_gather
         return grad_norm, skipped
+
+    def _clip_gradients(self, grad_norm: float) -> None:
+        """Scale the gradients to a norm of at most `clip_grad`, as Megatron's own `step` does, which would compute the
+        norm a second time."""
+        limit = self.actor.optim.clip_grad
+        for optimizer in self.optimizers:
+            if limit > 0 and (parameters := optimizer.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, max_norm=limit, total_norm=grad_norm)
+
+    def _head(self, chunk) -> Tensor:
+        """Megatron waits for gathered weights before a module's forward pass, which the output layer does not have."""
+        head_VH = super()._head(chunk)
+        if self.overlap_param_gather and head_VH in chunk.param_to_bucket_group:
+            chunk.param_to_bucket_group[head_VH].finish_param_sync()
+        return head_VH
+
+    def gather_weights(self) -> None:
+        """Complete the weights that an update with overlap_param_gather has left to the next forward pass. Collective.
+
+        Whatever reads weights outside of a forward pass calls it first; without the overlap nothing is to do.
+        """
+        if not self._weights_are_gathered:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+            self._weights_are_gathered = True
 
     def _microbatch_capacity(self, rows: Sequence[Row]) -> int:
         """Tokens that a micro-batch could hold: the budget, or with fixed rows that many of the longest one."""
@@ -339,7 +384,8 @@ class Policy(PackedModel):
     def release_training_memory(self) -> None:
         """GPU only: give up what rollouts do not need, as far as grad_offload and optimizer_offload say so.
 
-        Gradients are dropped, master weights and moments move to the CPU; the next update brings them back.
+        Gradients are dropped, master weights and moments move to the CPU; the next update brings them back, the
+        optimizer's state only for its step.
         """
         if self.layout.device.type != "cuda" or self._released:
             return
@@ -348,23 +394,25 @@ class Policy(PackedModel):
             for chunk in self.chunks:
                 chunk.offload_grad_buffers()
         if self.actor.megatron.optimizer_offload:
-            self.optimizer.offload_to_cpu()
+            masters = self.dtype != torch.float32
+            adams = [optimizer.optimizer for optimizer in self.optimizers]
+            self._offload.release([t for adam in adams for t in optimizer_tensors(adam, masters=masters)])
 
-    def _restore_training_memory(self) -> None:
-        if not self._released:
-            return
-        self._released = False
-        if self.actor.megatron.grad_offload:
+    def _restore_gradients(self) -> None:
+        if self._released and self.actor.megatron.grad_offload:
             for chunk in self.chunks:
                 chunk.restore_grad_buffers()
-        if self.actor.megatron.optimizer_offload:
-            self.optimizer.restore_from_cpu()
+        self._released = False
+
+    def optimizer_state(self, tensor: Tensor) -> Tensor:
+        """A master weight or moment where it is now, on the device or on the host."""
+        return self._offload.current(tensor)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def weight_stream(self, dtype: torch.dtype, bucket_bytes: int) -> WeightStream:
         """The weights as Hugging Face tensors of `dtype`; see `WeightStream`."""
-        return WeightStream(self.bare_chunks, self.facts, self.layout, dtype, bucket_bytes)
+        return WeightStream(self.bare_chunks, self.facts, self.layout, dtype, bucket_bytes, self.gather_weights)
 
 
 def _rows_not_finite(finite: Sequence[tuple[list[int], list[int], Tensor]]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from remax_megatron.batching.packed import PackedBatch
@@ -74,3 +75,5 @@ class Reference(PackedModel):
         if self._offload:
             for chunk in self.chunks:
                 chunk.to(device)
+            if device == "cpu":
+                torch.cuda.empty_cache()  # vLLM maps its memory itself, and measures what is free when it starts

@@ -58,8 +58,7 @@ class TrainingState:
 
     def __init__(self, policy: Policy):
         self._policy, self._facts, self._layout = policy, policy.facts, policy.layout
-        chained = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
-        self._optimizers = list(chained)
+        self._optimizers = policy.optimizers
         self._is_distributed = policy.actor.megatron.use_distributed_optimizer
 
     # -- out -------------------------------------------------------------------------------------------------------
@@ -188,8 +187,9 @@ class TrainingState:
     def _optimizer_state(self, owned: _Owned) -> dict[str, Tensor]:
         """The owned stretch of the moments, and of the master weights where the parameters are not float32."""
         state = _adam_state(owned.adam, owned.main)
-        masters = {} if owned.parameter.dtype == torch.float32 else {MASTER: owned.main.detach()}
-        return {name: values.view(-1) for name, values in {**masters, **{m: state[m] for m in MOMENTS}}.items()}
+        masters = {} if owned.parameter.dtype == torch.float32 else {MASTER: owned.main}
+        tensors = {**masters, **{name: state[name] for name in MOMENTS}}
+        return {name: self._policy.optimizer_state(values).detach().view(-1) for name, values in tensors.items()}
 
     def _width(self, owned: _Owned) -> int:
         """Columns of the shard; a vector has one."""
