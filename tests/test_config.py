@@ -18,7 +18,7 @@ from remax_megatron.config import cli
 from remax_megatron.config.load import known_keys, list_presets, load_config, nearest_keys, presets_dir, to_yaml
 from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
 from remax_megatron.config.rules import RULES, Setup, validate, validate_files, value_of
-from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
+from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError, Recompute, recompute_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -38,6 +38,7 @@ TINY = ModelFacts(4, 128, 384, 4, 2, 32, 512, True, 512)
 
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = f"{ACTOR}.megatron"
+RECOMPUTE = f"{MEGATRON}.override_transformer_config"
 CORRECTION = "algorithm.rollout_correction"
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -452,12 +453,49 @@ BROKEN = {
     "logger": (["trainer.logger=[console,mlflow]"], ["'mlflow'", "console, wandb, tensorboard"]),
     "no val files": (["data.val_files=null"], ["test_freq=5", "data.val_files is not set"]),
     "folder": (["trainer.default_local_dir="], ["default_local_dir is empty"]),
-    "optimizer offload": (
-        [f"{MEGATRON}.optimizer_offload=True", f"{MEGATRON}.use_distributed_optimizer=False"],
-        ["optimizer_offload=True", "float32", "use_distributed_optimizer=True"],
+    "recompute method": (
+        [f"{RECOMPUTE}.recompute_granularity=selective", f"{RECOMPUTE}.recompute_method=block"],
+        ["recompute_method=block", "is selective here", "recompute_granularity=full"],
+    ),
+    "recompute layers": (
+        [f"{RECOMPUTE}.recompute_num_layers=2"],
+        ["recompute_num_layers=2", "is none here", "recompute_granularity=full"],
+    ),
+    "recompute modules": (
+        [f"{RECOMPUTE}.recompute_granularity=selective", f"{RECOMPUTE}.recompute_modules=[moe]"],
+        ["recompute_modules=['moe']", "mlp, core_attn, layernorm", "recompute_modules=[mlp]"],
+    ),
+    "gather without optimizer": (
+        [f"{MEGATRON}.overlap_param_gather=True", f"{MEGATRON}.use_distributed_optimizer=False"],
+        ["overlap_param_gather=True", "use_distributed_optimizer=True"],
+    ),
+    "gather without reduce": (
+        [f"{MEGATRON}.overlap_param_gather=True", f"{MEGATRON}.overlap_grad_reduce=False"],
+        ["overlap_param_gather=True", "overlap_grad_reduce=True"],
     ),
     "backend": ([f"{MEGATRON}.attention_backend=varlen"], ["attention_backend=varlen", "trainer.device=cpu", "auto"]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Recompute()),
+        (["actor_rollout_ref.model.enable_gradient_checkpointing=True"], Recompute("full")),
+        (
+            ["actor_rollout_ref.model.enable_gradient_checkpointing=True", f"{RECOMPUTE}.recompute_granularity=none"],
+            Recompute("none"),
+        ),
+        ([f"{RECOMPUTE}.recompute_granularity=selective"], Recompute("selective", modules=("mlp",))),
+        (
+            [f"{RECOMPUTE}.recompute_{x}" for x in ("granularity=full", "method=block", "num_layers=2")],
+            Recompute("full", "block", 2),
+        ),
+    ],
+)
+def test_what_is_recomputed(overrides, expected):
+    config, _ = load_and_check(*overrides, model=resolve_model_facts(EMBEDDED_MODEL))
+    assert recompute_of(config) == expected
 
 
 @pytest.mark.parametrize("case", BROKEN)

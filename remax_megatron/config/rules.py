@@ -27,6 +27,7 @@ from remax_megatron.config.schema import (
     Megatron,
     RolloutConfig,
     needs_reference,
+    recompute_of,
 )
 
 ACTOR = "actor_rollout_ref.actor"
@@ -126,6 +127,8 @@ NOT_NEGATIVE = (
     "trainer.critic_warmup",
 )
 POSITIVE_OR_OFF = ("data.val_max_samples", "trainer.test_freq", "trainer.save_freq")  # -1 (and 0 for the *_freq): off
+RECOMPUTE_NEEDS = {"recompute_method": "full", "recompute_num_layers": "full", "recompute_modules": "selective"}
+RECOMPUTE_MODULES = ("mlp", "core_attn", "layernorm")
 OFFLOADS = ("param_offload", "grad_offload", "optimizer_offload")
 
 
@@ -350,6 +353,37 @@ def kl_controller_can_move(setup: Setup) -> None:
             f"algorithm.kl_ctrl.horizon={control.horizon} is too short for batches of {answers} answers: one of them"
             f" could take the coefficient to 0; set it above {0.2 * answers:g}"
         )
+
+
+def recompute_settings_go_together(setup: Setup) -> None:
+    chosen, key = setup.megatron.override_transformer_config, f"{MEGATRON}.override_transformer_config"
+    granularity = recompute_of(setup.config).granularity
+    for name, needed in RECOMPUTE_NEEDS.items():
+        value = getattr(chosen, name)
+        if value is not None and granularity != needed:
+            raise ConfigError(
+                f"{key}.{name}={value} goes with recompute_granularity={needed}, which is {granularity} here; set"
+                f" {key}.recompute_granularity={needed}, or {name}=null"
+            )
+    modules = chosen.recompute_modules
+    known = isinstance(modules, list) and modules and set(modules) <= set(RECOMPUTE_MODULES)
+    if modules is not None and not known:
+        raise ConfigError(
+            f"{key}.recompute_modules={modules} is not a list of {', '.join(RECOMPUTE_MODULES)}; set"
+            f" {key}.recompute_modules=[mlp]"
+        )
+
+
+def overlaps_have_their_parts(setup: Setup) -> None:
+    megatron = setup.megatron
+    if not megatron.overlap_param_gather:
+        return
+    for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if getattr(megatron, name) is False:
+            raise ConfigError(
+                f"{MEGATRON}.overlap_param_gather=True needs {MEGATRON}.{name}=True; set it so, or"
+                f" overlap_param_gather=null"
+            )
 
 
 def shared_prompts_are_packed_by_tokens(setup: Setup) -> None:
@@ -645,15 +679,6 @@ def offload_on_cpu(setup: Setup) -> Iterator[str]:
         yield f"{MEGATRON}.{{{','.join(switched_on)}}}=True has no effect: the run is on the CPU"
 
 
-def offloaded_optimizer_holds_copies(setup: Setup) -> None:
-    megatron = setup.megatron
-    if megatron.optimizer_offload and megatron.dtype == "float32" and not megatron.use_distributed_optimizer:
-        raise ConfigError(
-            f"{MEGATRON}.optimizer_offload=True with dtype=float32 and use_distributed_optimizer=False would move the "
-            "policy's own weights; set use_distributed_optimizer=True, or optimizer_offload=False"
-        )
-
-
 def param_offload_on_gpu(setup: Setup) -> Iterator[str]:
     if setup.megatron.param_offload and not expects_cpu(setup.config):
         yield (
@@ -773,7 +798,8 @@ RULES: tuple[Callable[[Setup], None], ...] = (
     engine_step_is_large_enough,
     loggers_are_known,
     backend_exists_on_device,
-    offloaded_optimizer_holds_copies,
+    recompute_settings_go_together,
+    overlaps_have_their_parts,
     output_folder_is_named,
     validation_has_data,
 )

@@ -104,15 +104,15 @@ class Policy(PackedModel):
         )
         self.correction = correction or RolloutCorrection()
         megatron = actor.megatron
-        on_several_gpus = layout.device.type == "cuda" and layout.dp > 1
         overlap_reduce, overlap_gather = megatron.overlap_grad_reduce, megatron.overlap_param_gather
-        self.overlap_grad_reduce = on_several_gpus if overlap_reduce is None else overlap_reduce
-        self.overlap_param_gather = self.overlap_grad_reduce and megatron.use_distributed_optimizer
-        if overlap_gather is not None:
-            self.overlap_param_gather = overlap_gather
+        if overlap_reduce is None:
+            overlap_reduce = bool(overlap_gather) or (layout.device.type == "cuda" and layout.dp > 1)
+        if overlap_gather is None:
+            overlap_gather = overlap_reduce and layout.device.type == "cuda" and megatron.use_distributed_optimizer
+        self.overlap_param_gather = overlap_gather
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=self.overlap_grad_reduce,
+            overlap_grad_reduce=overlap_reduce,
             overlap_param_gather=self.overlap_param_gather,
             use_distributed_optimizer=megatron.use_distributed_optimizer,
             average_in_collective=False,
@@ -394,9 +394,13 @@ class Policy(PackedModel):
             for chunk in self.chunks:
                 chunk.offload_grad_buffers()
         if self.actor.megatron.optimizer_offload:
-            masters = self.dtype != torch.float32
-            adams = [optimizer.optimizer for optimizer in self.optimizers]
-            self._offload.release([t for adam in adams for t in optimizer_tensors(adam, masters=masters)])
+            self.offload_optimizer()
+
+    def offload_optimizer(self) -> None:
+        """Move master weights and moments to the host; the next update's step brings them back."""
+        masters = self.dtype != torch.float32  # else they are the model's own weights
+        adams = [optimizer.optimizer for optimizer in self.optimizers]
+        self._offload.release([tensor for adam in adams for tensor in optimizer_tensors(adam, masters=masters)])
 
     def _restore_gradients(self) -> None:
         if self._released and self.actor.megatron.grad_offload:
