@@ -102,13 +102,13 @@ class _HeadLogProb(torch.autograd.Function):
         for columns, rows in tiles:
             logits = tiles.logits(columns, rows)
             mine, index = _own_targets(target_R[rows], first, columns)
-            picked_R[rows] += torch.where(mine, logits.gather(1, index).squeeze(1), 0.0)
+            picked_R[rows].add_(torch.where(mine, logits.gather(1, index).squeeze(1), 0.0))
             peak = torch.maximum(peak_R[rows], logits.amax(dim=-1))
             fall = _raise_peak(peak_R[rows], peak, z_R[rows], weighted_R[rows])
-            weighted_R[rows] += fall * z_R[rows]
+            weighted_R[rows].add_(fall * z_R[rows])
             exp = torch.exp(logits.sub_(peak.unsqueeze(1)), out=tiles.second(logits))
-            z_R[rows] += exp.sum(dim=-1)
-            weighted_R[rows] += logits.mul_(exp).sum(dim=-1)
+            z_R[rows].add_(exp.sum(dim=-1))
+            weighted_R[rows].add_(logits.mul_(exp).sum(dim=-1))
         peak = peak_R.clone()
         _all_reduce(peak, dist.ReduceOp.MAX, group)
         fall = _raise_peak(peak_R, peak, z_R, weighted_R)
@@ -169,12 +169,11 @@ class _HeadFullKl(torch.autograd.Function):
             peak = torch.maximum(peak_2R[:, rows], torch.stack([logits.amax(dim=-1), ref_logits.amax(dim=-1)]))
             fall = _raise_peak(peak_2R[:, rows], peak, z_2R[:, rows])
             ref_exp = torch.sub(ref_logits, peak[1].unsqueeze(1), out=tiles.second(logits)).exp_()
-            z_2R[1, rows] += ref_exp.sum(dim=-1)
+            z_2R[1, rows].add_(ref_exp.sum(dim=-1))
             difference = ref_logits.neg_().add_(logits)
             exp = logits.sub_(peak[0].unsqueeze(1)).exp_()
-            z_2R[0, rows] += exp.sum(dim=-1)
-            weighted_R[rows] *= fall[0].exp()
-            weighted_R[rows] += difference.mul_(exp).sum(dim=-1)
+            z_2R[0, rows].add_(exp.sum(dim=-1))
+            weighted_R[rows].mul_(fall[0].exp()).add_(difference.mul_(exp).sum(dim=-1))
         peak = peak_2R.clone()
         _all_reduce(peak, dist.ReduceOp.MAX, group)
         fall = _raise_peak(peak_2R, peak, z_2R)
@@ -293,7 +292,7 @@ class _Gradients:
     def add(self, grad: Tensor, columns: slice, rows: slice) -> None:
         grad = self.tiles.rounded(grad)
         if self.hidden_RH is not None:
-            self.hidden_RH[rows] += _product(grad, self.tiles.weight_VH[columns])
+            self.hidden_RH[rows].add_(_product(grad, self.tiles.weight_VH[columns]))
         if self.weight_VH is not None:
             block = self.block[: columns.stop - columns.start]
             block += _product(grad.T, self.tiles.hidden_RH[rows])
