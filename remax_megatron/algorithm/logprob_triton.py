@@ -15,6 +15,9 @@ Importing this file needs Triton (tried with 3.6), which PyTorch's CUDA builds b
 the environment before the import, the kernels run on CPU tensors, slowly; tests/test_logprob_triton.py does that.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# (Triton takes an annotation of a kernel's parameter for code of the kernel.)
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -51,7 +54,15 @@ def add_tile(logits_RV: Tensor, target_R: Tensor, sums_4R: Tensor, first: int, t
     """Take a tile into (peak, sum of exp(l - peak), sum of exp(l - peak) (l - peak), the target's logit)."""
     num, width = logits_RV.shape
     _add_tile_kernel[(num,)](
-        logits_RV, target_R, sums_4R, width, sums_4R.stride(0), first, temperature, _block(width), num_warps=_NUM_WARPS
+        logits_RV,
+        target_R,
+        sums_4R,
+        width,
+        sums_4R.stride(0),
+        first,
+        1 / temperature,
+        _block(width),
+        num_warps=_NUM_WARPS,
     )
 
 
@@ -70,7 +81,7 @@ def tile_gradient(
         width,
         factors_4R.stride(0),
         first,
-        temperature,
+        1 / temperature,
         block,
         num_warps=_NUM_WARPS,
     )
@@ -81,7 +92,14 @@ def add_kl_tile(logits_RV: Tensor, ref_logits_RV: Tensor, sums_5R: Tensor, tempe
     """Take two tiles into (peak, ref_peak, sums of exp(l - peak) of either, sum of exp(l - peak) (l - ref_l))."""
     num, width = logits_RV.shape
     _add_kl_tile_kernel[(num,)](
-        logits_RV, ref_logits_RV, sums_5R, width, sums_5R.stride(0), temperature, _block(width), num_warps=_NUM_WARPS
+        logits_RV,
+        ref_logits_RV,
+        sums_5R,
+        width,
+        sums_5R.stride(0),
+        1 / temperature,
+        _block(width),
+        num_warps=_NUM_WARPS,
     )
 
 
@@ -99,7 +117,7 @@ def kl_tile_gradient(
         gradient_RV,
         width,
         factors_3R.stride(0),
-        temperature,
+        1 / temperature,
         block,
         num_warps=_NUM_WARPS,
     )
@@ -122,9 +140,7 @@ def _block(width: int) -> int:
 
 
 @triton.jit(do_not_specialize=["first"])
-def _add_tile_kernel(
-    logits: Any, target: Any, sums: Any, width: Any, stride: Any, first: Any, temperature: Any, BLOCK: tl.constexpr
-) -> None:
+def _add_tile_kernel(logits, target, sums, width, stride, first, inverse, BLOCK: tl.constexpr):
     """A program takes a position, block after block; the sums follow a peak that grows (arXiv 1805.02867)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
@@ -133,7 +149,7 @@ def _add_tile_kernel(
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         real = column < width
-        logit = tl.div_rn(tl.load(logits + column, mask=real, other=_FAR), temperature)
+        logit = tl.load(logits + column, mask=real, other=_FAR) * inverse
         higher = tl.maximum(peak, tl.max(logit, axis=0))
         fall = peak - higher
         peak = higher
@@ -147,21 +163,21 @@ def _add_tile_kernel(
     tl.store(sums + 2 * stride, weighted)
     index = tl.load(target + row) - first
     if (index >= 0) & (index < width):
-        tl.store(sums + 3 * stride, tl.div_rn(tl.load(logits + index), temperature))
+        tl.store(sums + 3 * stride, tl.load(logits + index) * inverse)
 
 
 @triton.jit(do_not_specialize=["first"])
 def _tile_gradient_kernel(
-    logits: Any,
-    target: Any,
-    factors: Any,
-    gradient: Any,
-    width: Any,
-    stride: Any,
-    first: Any,
-    temperature: Any,
+    logits,
+    target,
+    factors,
+    gradient,
+    width,
+    stride,
+    first,
+    inverse,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """A program takes a block of a position."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -169,16 +185,14 @@ def _tile_gradient_kernel(
     factors += row
     log_z, slope = tl.load(factors), tl.load(factors + stride)
     offset, hit = tl.load(factors + 2 * stride), tl.load(factors + 3 * stride)
-    log_p = tl.div_rn(tl.load(logits + row * width + column, mask=real, other=0.0), temperature) - log_z
+    log_p = tl.load(logits + row * width + column, mask=real, other=0.0) * inverse - log_z
     result = tl.exp(log_p) * (log_p * slope + offset)
     result += tl.where(column == tl.load(target + row) - first, hit, 0.0)
     tl.store(gradient + row * width + column, result.to(gradient.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _add_kl_tile_kernel(
-    logits: Any, ref_logits: Any, sums: Any, width: Any, stride: Any, temperature: Any, BLOCK: tl.constexpr
-) -> None:
+def _add_kl_tile_kernel(logits, ref_logits, sums, width, stride, inverse, BLOCK: tl.constexpr):
     """A program takes a position, block after block."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
@@ -190,8 +204,8 @@ def _add_kl_tile_kernel(
     for start in range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         real = column < width
-        logit = tl.div_rn(tl.load(logits + column, mask=real, other=_FAR), temperature)
-        ref_logit = tl.div_rn(tl.load(ref_logits + column, mask=real, other=_FAR), temperature)
+        logit = tl.load(logits + column, mask=real, other=_FAR) * inverse
+        ref_logit = tl.load(ref_logits + column, mask=real, other=_FAR) * inverse
         higher = tl.maximum(peak, tl.max(logit, axis=0))
         ref_higher = tl.maximum(ref_peak, tl.max(ref_logit, axis=0))
         exp = tl.exp(logit - higher)
@@ -209,22 +223,22 @@ def _add_kl_tile_kernel(
 
 @triton.jit
 def _kl_tile_gradient_kernel(
-    logits: Any,
-    ref_logits: Any,
-    factors: Any,
-    gradient: Any,
-    width: Any,
-    stride: Any,
-    temperature: Any,
+    logits,
+    ref_logits,
+    factors,
+    gradient,
+    width,
+    stride,
+    inverse,
     BLOCK: tl.constexpr,
-) -> None:
+):
     """A program takes a block of a position."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width
     factors += row
     log_z, shift, scale = tl.load(factors), tl.load(factors + stride), tl.load(factors + 2 * stride)
-    logit = tl.div_rn(tl.load(logits + row * width + column, mask=real, other=0.0), temperature)
-    ref_logit = tl.div_rn(tl.load(ref_logits + row * width + column, mask=real, other=0.0), temperature)
+    logit = tl.load(logits + row * width + column, mask=real, other=0.0) * inverse
+    ref_logit = tl.load(ref_logits + row * width + column, mask=real, other=0.0) * inverse
     result = tl.exp(logit - log_z) * (logit - ref_logit + shift) * scale
     tl.store(gradient + row * width + column, result.to(gradient.dtype.element_ty), mask=real)
