@@ -28,6 +28,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache, cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -48,15 +50,18 @@ def head_logprob(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     group: dist.ProcessGroup | None = None,
+    fused: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log softmax(hidden @ weight.T / temperature)[target], entropy), each [R] float32, in nats.
 
     weight_VH holds this rank's rows of the head; rank r of `group` holds rows [r V, (r + 1) V). Rows at or beyond
     `vocab_size` are padding and get no probability. All ranks of `group` call with equal hidden_RH and target_R.
     The gradient of hidden_RH is this rank's part only: sum it over `group` (Megatron's copy-to-region does).
-    A tile has `chunk_size` positions at most.
+    A tile has `chunk_size` positions at most. `fused` (by default `can_fuse` of the device): the arithmetic of a tile
+    is one Triton kernel.
     """
-    return _HeadLogProb.apply(hidden_RH, weight_VH, target_R, vocab_size, temperature, chunk_size, group)
+    fused = can_fuse(weight_VH.device) if fused is None else fused
+    return _HeadLogProb.apply(hidden_RH, weight_VH, target_R, vocab_size, temperature, chunk_size, group, fused)
 
 
 def head_full_kl(
@@ -69,6 +74,7 @@ def head_full_kl(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     group: dist.ProcessGroup | None = None,
+    fused: bool | None = None,
 ) -> Tensor:
     """KL(pi || ref) over the whole vocabulary at each position, [R] float32, in nats, both at `temperature`.
 
@@ -77,9 +83,16 @@ def head_full_kl(
     temperature. The reference gets no gradient.
     """
     assert ref_weight_VH.shape[0] == weight_VH.shape[0], (ref_weight_VH.shape, weight_VH.shape)
+    fused = can_fuse(weight_VH.device) if fused is None else fused
     return _HeadFullKl.apply(
-        hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH, vocab_size, temperature, chunk_size, group
+        hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH, vocab_size, temperature, chunk_size, group, fused
     )
+
+
+@cache
+def can_fuse(device: torch.device) -> bool:
+    """Whether tiles on `device` go through the Triton kernels unless the caller says otherwise."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 class _HeadLogProb(torch.autograd.Function):
@@ -93,22 +106,20 @@ class _HeadLogProb(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
         group: dist.ProcessGroup | None,
+        fused: bool,
     ) -> tuple[Tensor, Tensor]:
         first = _first_row(weight_VH, group)
-        tiles = _Tiles(hidden_RH, weight_VH, vocab_size - first, temperature, chunk_size)
-        peak_R = hidden_RH.new_full(target_R.shape, _LOWEST, dtype=torch.float32)
-        # Sums of exp(l - peak) and exp(l - peak) (l - peak), and the target's logit.
-        z_R, weighted_R, picked_R = peak_R.new_zeros(3, *peak_R.shape)
+        tiles = _Tiles(hidden_RH, weight_VH, vocab_size - first, temperature, chunk_size, fused)
+        # The largest logit, the sums of exp(l - peak) and exp(l - peak) (l - peak), and the target's logit.
+        sums_4R = hidden_RH.new_zeros(4, *target_R.shape, dtype=torch.float32)
+        peak_R, z_R, weighted_R, picked_R = sums_4R
+        peak_R.fill_(_LOWEST)
         for columns, rows in tiles:
             logits = tiles.logits(columns, rows)
-            mine, index = _own_targets(target_R[rows], first, columns)
-            picked_R[rows] += torch.where(mine, logits.gather(1, index).squeeze(1), 0.0)
-            peak = torch.maximum(peak_R[rows], logits.amax(dim=-1))
-            fall = _raise_peak(peak_R[rows], peak, z_R[rows], weighted_R[rows])
-            weighted_R[rows] += fall * z_R[rows]
-            exp = torch.exp(logits.sub_(peak.unsqueeze(1)), out=tiles.second(logits))
-            z_R[rows] += exp.sum(dim=-1)
-            weighted_R[rows] += logits.mul_(exp).sum(dim=-1)
+            if fused:
+                _kernels().add_tile(logits, target_R[rows], sums_4R[:, rows], first + columns.start, temperature)
+            else:
+                _add_tile(logits, target_R[rows], sums_4R[:, rows], first + columns.start, tiles.second(logits))
         peak = peak_R.clone()
         _all_reduce(peak, dist.ReduceOp.MAX, group)
         fall = _raise_peak(peak_R, peak, z_R, weighted_R)
@@ -118,31 +129,40 @@ class _HeadLogProb(torch.autograd.Function):
         entropy_R = z_R.log() - weighted_R / z_R
         ctx.save_for_backward(hidden_RH, weight_VH, target_R, peak + z_R.log(), entropy_R)
         ctx.set_materialize_grads(False)
-        ctx.settings = (vocab_size, temperature, chunk_size, group)
+        ctx.settings = (vocab_size, temperature, chunk_size, group, fused)
         return (picked_R - peak) - z_R.log(), entropy_R
 
     @staticmethod
     def backward(ctx: Any, grad_logprob_R: Tensor | None, grad_entropy_R: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden_RH, weight_VH, target_R, log_z_R, entropy_R = ctx.saved_tensors
-        vocab_size, temperature, chunk_size, group = ctx.settings
+        vocab_size, temperature, chunk_size, group, fused = ctx.settings
         first = _first_row(weight_VH, group)
-        tiles = _Tiles(hidden_RH, weight_VH, vocab_size - first, temperature, chunk_size)
+        tiles = _Tiles(hidden_RH, weight_VH, vocab_size - first, temperature, chunk_size, fused)
         gradients = _Gradients(tiles, ctx.needs_input_grad)
         # d logprob / d logit_j = 1[j = target] - p_j;   d entropy / d logit_j = -p_j (log p_j + entropy)
         hit_R = torch.zeros_like(log_z_R) if grad_logprob_R is None else grad_logprob_R / temperature
         slope_R = None if grad_entropy_R is None else -grad_entropy_R / temperature
         offset_R = -hit_R if slope_R is None else slope_R * entropy_R - hit_R
+        if fused:
+            level_R = torch.zeros_like(hit_R) if slope_R is None else slope_R
+            factors_4R = torch.stack([log_z_R, level_R, offset_R, hit_R])
         for columns, rows in tiles:
-            log_p = tiles.log_p(columns, rows, log_z_R[rows])
-            grad = torch.exp(log_p, out=tiles.second(log_p))
-            if slope_R is None:
-                grad *= offset_R[rows].unsqueeze(1)
+            target, start = target_R[rows], first + columns.start
+            if fused:
+                logits = tiles.logits(columns, rows)
+                grad = tiles.gradient(logits)
+                _kernels().tile_gradient(logits, target, factors_4R[:, rows], start, temperature, grad)
             else:
-                grad *= log_p.mul_(slope_R[rows].unsqueeze(1)).add_(offset_R[rows].unsqueeze(1))
-            mine, index = _own_targets(target_R[rows], first, columns)
-            grad.scatter_add_(1, index, (mine * hit_R[rows]).unsqueeze(1))
+                log_p = tiles.log_p(columns, rows, log_z_R[rows])
+                grad = torch.exp(log_p, out=tiles.second(log_p))
+                if slope_R is None:
+                    grad *= offset_R[rows].unsqueeze(1)
+                else:
+                    grad *= log_p.mul_(slope_R[rows].unsqueeze(1)).add_(offset_R[rows].unsqueeze(1))
+                mine, index = _own_targets(target, start, grad.shape[1])
+                grad.scatter_add_(1, index, (mine * hit_R[rows]).unsqueeze(1))
             gradients.add(grad, columns, rows)
-        return *gradients.done(), None, None, None, None, None
+        return *gradients.done(), None, None, None, None, None, None
 
 
 class _HeadFullKl(torch.autograd.Function):
@@ -157,24 +177,21 @@ class _HeadFullKl(torch.autograd.Function):
         temperature: float,
         chunk_size: int,
         group: dist.ProcessGroup | None,
+        fused: bool,
     ) -> Tensor:
         real = vocab_size - _first_row(weight_VH, group)
-        tiles = _Tiles(hidden_RH, weight_VH, real, temperature, chunk_size)
-        ref_tiles = _Tiles(ref_hidden_RH, ref_weight_VH, real, temperature, chunk_size)
-        peak_2R = hidden_RH.new_full((2, hidden_RH.shape[0]), _LOWEST, dtype=torch.float32)
-        # Sums of exp(l - peak) of policy and reference, and of exp(l - peak) (l - l_ref).
-        z_2R, weighted_R = torch.zeros_like(peak_2R), torch.zeros_like(peak_2R[0])
+        tiles = _Tiles(hidden_RH, weight_VH, real, temperature, chunk_size, fused)
+        ref_tiles = _Tiles(ref_hidden_RH, ref_weight_VH, real, temperature, chunk_size, fused)
+        # The largest logits and the sums of exp(l - peak) of policy and reference, and of exp(l - peak) (l - l_ref).
+        sums_5R = hidden_RH.new_zeros(5, hidden_RH.shape[0], dtype=torch.float32)
+        peak_2R, z_2R, weighted_R = sums_5R[:2], sums_5R[2:4], sums_5R[4]
+        peak_2R.fill_(_LOWEST)
         for columns, rows in tiles:
             logits, ref_logits = tiles.logits(columns, rows), ref_tiles.logits(columns, rows)
-            peak = torch.maximum(peak_2R[:, rows], torch.stack([logits.amax(dim=-1), ref_logits.amax(dim=-1)]))
-            fall = _raise_peak(peak_2R[:, rows], peak, z_2R[:, rows])
-            ref_exp = torch.sub(ref_logits, peak[1].unsqueeze(1), out=tiles.second(logits)).exp_()
-            z_2R[1, rows] += ref_exp.sum(dim=-1)
-            difference = ref_logits.neg_().add_(logits)
-            exp = logits.sub_(peak[0].unsqueeze(1)).exp_()
-            z_2R[0, rows] += exp.sum(dim=-1)
-            weighted_R[rows] *= fall[0].exp()
-            weighted_R[rows] += difference.mul_(exp).sum(dim=-1)
+            if fused:
+                _kernels().add_kl_tile(logits, ref_logits, sums_5R[:, rows], temperature)
+            else:
+                _add_kl_tile(logits, ref_logits, sums_5R[:, rows], tiles.second(logits))
         peak = peak_2R.clone()
         _all_reduce(peak, dist.ReduceOp.MAX, group)
         fall = _raise_peak(peak_2R, peak, z_2R)
@@ -185,25 +202,31 @@ class _HeadFullKl(torch.autograd.Function):
         kl_R = weighted_R / z_R + (peak[1] - peak[0]) + (ref_z_R.log() - z_R.log())
         log_z_2R = peak + torch.stack([z_R, ref_z_R]).log()
         ctx.save_for_backward(hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH, log_z_2R, kl_R)
-        ctx.settings = (vocab_size, temperature, chunk_size, group)
+        ctx.settings = (vocab_size, temperature, chunk_size, group, fused)
         return kl_R
 
     @staticmethod
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
         hidden_RH, weight_VH, ref_hidden_RH, ref_weight_VH, log_z_2R, kl_R = ctx.saved_tensors
-        vocab_size, temperature, chunk_size, group = ctx.settings
+        vocab_size, temperature, chunk_size, group, fused = ctx.settings
         real = vocab_size - _first_row(weight_VH, group)
-        tiles = _Tiles(hidden_RH, weight_VH, real, temperature, chunk_size)
-        ref_tiles = _Tiles(ref_hidden_RH, ref_weight_VH, real, temperature, chunk_size)
+        tiles = _Tiles(hidden_RH, weight_VH, real, temperature, chunk_size, fused)
+        ref_tiles = _Tiles(ref_hidden_RH, ref_weight_VH, real, temperature, chunk_size, fused)
         gradients = _Gradients(tiles, ctx.needs_input_grad)
         shift_R = log_z_2R[1] - log_z_2R[0] - kl_R
+        scale_R = grad_R / temperature
+        factors_3R = torch.stack([log_z_2R[0], shift_R, scale_R])
         for columns, rows in tiles:
             logits, ref_logits = tiles.logits(columns, rows), ref_tiles.logits(columns, rows)
-            factor = ref_logits.neg_().add_(logits).add_(shift_R[rows].unsqueeze(1))
-            grad = torch.sub(logits, log_z_2R[0, rows].unsqueeze(1), out=tiles.second(logits)).exp_()
-            grad.mul_(factor).mul_((grad_R[rows] / temperature).unsqueeze(1))
+            if fused:
+                grad = tiles.gradient(logits)
+                _kernels().kl_tile_gradient(logits, ref_logits, factors_3R[:, rows], temperature, grad)
+            else:
+                factor = ref_logits.neg_().add_(logits).add_(shift_R[rows].unsqueeze(1))
+                grad = torch.sub(logits, log_z_2R[0, rows].unsqueeze(1), out=tiles.second(logits)).exp_()
+                grad.mul_(factor).mul_(scale_R[rows].unsqueeze(1))
             gradients.add(grad, columns, rows)
-        return *gradients.done(), None, None, None, None, None, None
+        return *gradients.done(), None, None, None, None, None, None, None
 
 
 class _Tiles:
@@ -213,8 +236,11 @@ class _Tiles:
     method returns lies in memory that the next call of that method takes again.
     """
 
-    def __init__(self, hidden_RH: Tensor, weight_VH: Tensor, real: int, temperature: float, chunk_size: int) -> None:
-        self.hidden_RH, self.weight_VH, self.temperature = hidden_RH, weight_VH, temperature
+    def __init__(
+        self, hidden_RH: Tensor, weight_VH: Tensor, real: int, temperature: float, chunk_size: int, fused: bool
+    ) -> None:
+        self.hidden_RH, self.weight_VH, self.fused = hidden_RH, weight_VH, fused
+        self.temperature = 1.0 if fused else temperature  # the kernels divide by it themselves
         on_cpu = weight_VH.device.type == "cpu"
         self.real = min(max(real, 0), weight_VH.shape[0])
         height = max(1, min(chunk_size, hidden_RH.shape[0]))
@@ -224,7 +250,7 @@ class _Tiles:
         self.columns = _slices(self.real, self.width)
         self.bfloat16_on_cpu = on_cpu and weight_VH.dtype == hidden_RH.dtype == torch.bfloat16
         self.float32 = weight_VH.dtype == torch.float32 or on_cpu  # the type of the operands of `logits`
-        self.memory = weight_VH.new_empty(1 + self.float32, height * self.width, dtype=torch.float32)
+        self.memory = weight_VH.new_empty(1 if fused else 2, height * self.width, dtype=torch.float32)
         self.operand: tuple[str, slice, Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[slice, slice]]:
@@ -234,11 +260,11 @@ class _Tiles:
 
     def logits(self, columns: slice, rows: slice) -> Tensor:
         """float32, from float32 sums of exact products."""
+        logits = self._tile(0, rows, columns)
         if not self.float32:
-            logits = torch.mm(self.hidden_RH[rows], self.weight_VH[columns].T, out_dtype=torch.float32)
+            torch.mm(self.hidden_RH[rows], self.weight_VH[columns].T, out_dtype=torch.float32, out=logits)
         else:
             head = self._head("float32", columns)
-            logits = self._tile(0, rows, columns)
             with _bfloat16_products() if self.bfloat16_on_cpu else nullcontext():
                 torch.mm(self.hidden_RH[rows].float(), head.T, out=logits)
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
@@ -259,10 +285,20 @@ class _Tiles:
 
     def second(self, tile: Tensor) -> Tensor:
         """Memory beside the tile that `logits` or `log_p` gave, of its shape."""
-        return self.memory[-1, : tile.numel()].view_as(tile)
+        return self.memory[1, : tile.numel()].view_as(tile)
+
+    def gradient(self, tile: Tensor) -> Tensor:
+        """Memory for the gradient of a tile that `logits` gave, in the dtype of the head."""
+        return self._gradient[: tile.numel()].view_as(tile)
+
+    @cached_property
+    def _gradient(self) -> Tensor:
+        return self.weight_VH.new_empty(self.memory.shape[1])
 
     def rounded(self, tile: Tensor) -> Tensor:
-        """What was written into `second`, in the dtype of the head; the first tile is lost."""
+        """What was written into `second` or `gradient`, in the dtype of the head; the first tile is lost."""
+        if tile.dtype == self.weight_VH.dtype:
+            return tile
         if self.bfloat16_on_cpu:
             return _as_bfloat16(self.memory[0, : tile.numel()].view_as(tile)).copy_(tile)
         return tile.to(self.weight_VH.dtype)
@@ -292,11 +328,12 @@ class _Gradients:
 
     def add(self, grad: Tensor, columns: slice, rows: slice) -> None:
         grad = self.tiles.rounded(grad)
+        add_product = _kernels().add_product if self.tiles.fused else _add_product
         if self.hidden_RH is not None:
-            self.hidden_RH[rows] += _product(grad, self.tiles.weight_VH[columns])
+            add_product(self.hidden_RH[rows], grad, self.tiles.weight_VH[columns])
         if self.weight_VH is not None:
             block = self.block[: columns.stop - columns.start]
-            block += _product(grad.T, self.tiles.hidden_RH[rows])
+            add_product(block, grad.T, self.tiles.hidden_RH[rows])
             if rows.stop == self.tiles.hidden_RH.shape[0]:
                 self.weight_VH[columns] = block
                 block.zero_()
@@ -306,8 +343,9 @@ class _Gradients:
         return hidden_RH, self.weight_VH
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a @ b
+def _add_product(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    wide = a_MK.is_cuda and a_MK.dtype != torch.float32
+    sum_MN.add_(torch.mm(a_MK, b_KN, out_dtype=torch.float32) if wide else a_MK @ b_KN)
 
 
 def _as_bfloat16(tile: Tensor) -> Tensor:
@@ -327,6 +365,39 @@ def _bfloat16_products() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def _add_tile(logits_RV: Tensor, target_R: Tensor, sums_4R: Tensor, first: int, scratch_RV: Tensor) -> None:
+    """What `logprob_triton.add_tile` does, of logits that are divided by the temperature and are lost."""
+    peak_R, z_R, weighted_R, picked_R = sums_4R
+    mine, index = _own_targets(target_R, first, logits_RV.shape[1])
+    picked_R.add_(torch.where(mine, logits_RV.gather(1, index).squeeze(1), 0.0))
+    higher_R = torch.maximum(peak_R, logits_RV.amax(dim=-1))
+    fall_R = _raise_peak(peak_R, higher_R, z_R, weighted_R)
+    weighted_R.add_(fall_R * z_R)
+    exp = torch.exp(logits_RV.sub_(higher_R.unsqueeze(1)), out=scratch_RV)
+    z_R.add_(exp.sum(dim=-1))
+    weighted_R.add_(logits_RV.mul_(exp).sum(dim=-1))
+
+
+def _add_kl_tile(logits_RV: Tensor, ref_logits_RV: Tensor, sums_5R: Tensor, scratch_RV: Tensor) -> None:
+    """What `logprob_triton.add_kl_tile` does, of logits that are divided by the temperature and are lost."""
+    peak_2R, z_2R, weighted_R = sums_5R[:2], sums_5R[2:4], sums_5R[4]
+    higher_2R = torch.maximum(peak_2R, torch.stack([logits_RV.amax(dim=-1), ref_logits_RV.amax(dim=-1)]))
+    fall_2R = _raise_peak(peak_2R, higher_2R, z_2R)
+    ref_exp = torch.sub(ref_logits_RV, higher_2R[1].unsqueeze(1), out=scratch_RV).exp_()
+    z_2R[1].add_(ref_exp.sum(dim=-1))
+    difference = ref_logits_RV.neg_().add_(logits_RV)
+    exp = logits_RV.sub_(higher_2R[0].unsqueeze(1)).exp_()
+    z_2R[0].add_(exp.sum(dim=-1))
+    weighted_R.mul_(fall_2R[0].exp()).add_(difference.mul_(exp).sum(dim=-1))
+
+
+def _kernels() -> Any:
+    """The module of the Triton kernels, which not every machine can import."""
+    from remax_megatron.algorithm import logprob_triton
+
+    return logprob_triton
+
+
 def _raise_peak(peak_R: Tensor, new_R: Tensor, *sums: Tensor) -> Tensor:
     """Refer sums of exp(l - peak_R) to new_R, all in place; returns peak_R - new_R as they were."""
     fall_R = peak_R - new_R
@@ -336,10 +407,10 @@ def _raise_peak(peak_R: Tensor, new_R: Tensor, *sums: Tensor) -> Tensor:
     return fall_R
 
 
-def _own_targets(target: Tensor, first: int, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in these columns [R], and their index there [R, 1], 0 for the others."""
-    index = target - (first + columns.start)
-    mine = (index >= 0) & (index < columns.stop - columns.start)
+def _own_targets(target_R: Tensor, first: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which targets lie in the `width` columns from `first` on [R], and their index there [R, 1], 0 for the others."""
+    index = target_R - first
+    mine = (index >= 0) & (index < width)
     return mine, torch.where(mine, index, 0).unsqueeze(1)
 
 
