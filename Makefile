@@ -1,7 +1,7 @@
 # Two commands do everything on a machine with Python >= 3.11: `make demo` and `make test`. `make help` lists the rest.
 #
 #   PYTHON       interpreter that makes .venv                               (default python3; GPU stack: PYTHON_GPU)
-#   PYTHON_GPU   interpreter of the GPU stack, Python 3.12                  (default python3.12)
+#   PYTHON_GPU   interpreter of the GPU stack, Python 3.12                  (default: the one that is found)
 #   TE           0: install the GPU stack without Transformer Engine        (default 1)
 #   EXTRA_INDEX  one more package index, added to every pip call            (default none)
 #   TORCH_INDEX  where the CPU build of torch is when pip's own indexes have none
@@ -10,7 +10,7 @@
 
 SHELL := /bin/bash
 PYTHON ?= python3
-PYTHON_GPU ?= python3.12
+PYTHON_GPU ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TE ?= 1
 ARGS ?=
@@ -22,9 +22,8 @@ CPU_STACK := $(VENV)/.installed
 GPU_STACK := $(VENV)/.installed-gpu
 STAMP := $(or $(wildcard $(GPU_STACK)),$(CPU_STACK))
 TEST_STACK := .venv-gpu/.installed
-PIP_OPTIONS = --disable-pip-version-check --no-compile -qq $(if $(EXTRA_INDEX),--extra-index-url "$(EXTRA_INDEX)")
-PIP_INSTALL = $(BIN)/python -m pip install $(PIP_OPTIONS)
-INSTALL_GPU = PYTHON="$(PYTHON_GPU)" PIP_OPTIONS='$(PIP_OPTIONS)' TE="$(TE)" requirements/install_gpu.sh
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq $(if $(EXTRA_INDEX),--extra-index-url "$(EXTRA_INDEX)")
+INSTALL_GPU = PYTHON="$(PYTHON_GPU)" EXTRA_INDEX="$(EXTRA_INDEX)" TE="$(TE)" requirements/install_gpu.sh
 TORCH := torch==2.13.0+cpu
 
 # One thread per rank: with two busy ranks on two cores, OpenMP's spinning barriers cost 5 to 20 times the work.

@@ -3,11 +3,11 @@
 #
 #     install_gpu.sh VENV          VENV is made, or completed; run it from the repository's root
 #
-#   PYTHON       interpreter that makes VENV, Python 3.12                            (default python3.12)
-#   TE           0: without Transformer Engine                                      (default 1)
-#   LEAVE_OUT    one more package that is left out                                   (default none)
-#   PIP_OPTIONS  options of every `pip install`                                      (default none)
-#   MAX_JOBS     compilers at once; each takes up to 2 GB                            (default 8, or the cores if fewer)
+#   PYTHON       interpreter that makes VENV, Python 3.12          (default: the one that PATH or pyenv has)
+#   TE           0: without Transformer Engine                     (default 1)
+#   LEAVE_OUT    one more package that is left out                 (default none)
+#   EXTRA_INDEX  one more package index                            (default none)
+#   MAX_JOBS     compilers at once; each takes up to 2 GB          (default 8, or the cores if fewer)
 #
 # All packages are wheels except Transformer Engine's torch extension, which is compiled against the torch that was
 # installed before it: 12 to 15 minutes on two cores, less where a built one can be downloaded (its own set-up looks for
@@ -17,22 +17,31 @@
 set -euo pipefail
 
 venv=$1
-python=${PYTHON:-python3.12}
 requirements=requirements/gpu.txt
 transformer_engine='^transformer-engine'
 
-"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || {
-  echo "error: '$python' is no Python 3.12, which the GPU stack is locked for: set PYTHON_GPU=/path/to/python3.12" >&2
+is_3_12() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; }
+candidates=(python3.12 python3 ~/.pyenv/versions/3.12.*/bin/python)
+[ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+python=
+for candidate in "${candidates[@]}"; do
+  if is_3_12 "$candidate"; then
+    python=$candidate
+    break
+  fi
+done
+[ -n "$python" ] || {
+  echo "error: no Python 3.12, which the GPU stack is locked for (tried ${candidates[*]}); set PYTHON_GPU to one" >&2
   exit 1
 }
-if [ -x "$venv/bin/python" ] && ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))'; then
+if [ -x "$venv/bin/python" ] && ! is_3_12 "$venv/bin/python"; then
   echo "error: $venv is of another Python; run make clean first" >&2
   exit 1
 fi
 say() { echo "install: $*"; }
-pip_install() { # an index address in PIP_OPTIONS may carry a password: the calls are not echoed
-  # shellcheck disable=SC2086  # options are words
-  "$venv/bin/python" -m pip install ${PIP_OPTIONS:-} --no-deps "$@"
+pip_install() { # not echoed, because an index address may carry a password
+  "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile --no-deps \
+    ${EXTRA_INDEX:+--extra-index-url "$EXTRA_INDEX"} "$@"
 }
 pins() { grep -E "$1" "$requirements" | cut -d' ' -f1; }
 
@@ -42,9 +51,9 @@ rest=$(mktemp)
 trap 'rm -f "$rest"' EXIT
 grep -vE "$transformer_engine${LEAVE_OUT:+|^$LEAVE_OUT==}" "$requirements" >"$rest"
 say "$requirements"
-pip_install -r "$rest"
+pip_install -qq -r "$rest"
 say remax-megatron
-pip_install --no-build-isolation -e .
+pip_install -qq --no-build-isolation -e .
 
 without() {
   mapfile -t parts < <(pins "$transformer_engine" | cut -d= -f1)
@@ -61,7 +70,7 @@ else
   cores=$(nproc)
   log=$venv/transformer-engine.log
   mapfile -t wheels < <(pins "$transformer_engine" | grep -v torch)
-  if pip_install "${wheels[@]}" &&
+  if pip_install -qq "${wheels[@]}" &&
     CUDA_HOME=$nvidia/cu13 CUDNN_PATH=$nvidia/cudnn CPATH=$nvidia/cu13/include${CPATH:+:$CPATH} \
       NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_FRAMEWORK=pytorch MAX_JOBS=${MAX_JOBS:-$((cores < 8 ? cores : 8))} \
       pip_install -v --no-build-isolation "$(pins '^transformer-engine-torch==')" >"$log" 2>&1 &&
