@@ -36,7 +36,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make install          make .venv and install the CPU stack (pinned; 3 GB on disk)"
-	@echo "make install-gpu      make .venv and install the GPU stack (pinned; Python 3.12, CUDA 13; 12 GB on disk)"
+	@echo "make install-gpu      make .venv and install the GPU stack (pinned; Python 3.12, CUDA 13; 10 GB on disk)"
 	@echo "make demo             install, then train the embedded model with ReMax on 2 ranks: runs/demo"
 	@echo "make doctor           whether a run can start on this machine: ARGS=\"--config-name NAME [key=value ...]\""
 	@echo "make test             install, then lint, check types, run all tests that need no GPU"

@@ -74,8 +74,7 @@ else
     CUDA_HOME=$nvidia/cu13 CUDNN_PATH=$nvidia/cudnn CPATH=$nvidia/cu13/include${CPATH:+:$CPATH} \
       NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_FRAMEWORK=pytorch MAX_JOBS=${MAX_JOBS:-$((cores < 8 ? cores : 8))} \
       pip_install -v --no-build-isolation "$(pins '^transformer-engine-torch==')" >"$log" 2>&1 &&
-    LD_LIBRARY_PATH=$nvidia/nccl/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
-      "$venv/bin/python" -c 'import torch, transformer_engine.pytorch' >>"$log" 2>&1; then
+    "$venv/bin/python" -c 'import torch, transformer_engine.pytorch' >>"$log" 2>&1; then
     say "$(pins '^transformer-engine-torch==')"
   else
     without "it could not be compiled or loaded: the end of $log says why"
