@@ -50,9 +50,6 @@ LAUNCH=()
 # Compute nodes without internet: download the model and the data on a login node first, then
 # export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 # export HF_HOME=/scratch/$USER/huggingface
-# Megatron-Core overlaps a layer's communication and its kernels in launch order, which needs one hardware queue
-# (megatron/core/tensor_parallel/layers.py); from Blackwell on it does not matter.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # Threads of a rank on the CPU. Unset: the node's CPUs shared out among its ranks, 8 at most; 1 in a job without GPUs.
 # export OMP_NUM_THREADS=8
 

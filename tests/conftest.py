@@ -17,6 +17,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs of the trainer generate with vLLM's CPU engine."""
+    for item in items:
+        if "torchrun" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.vllm_cpu)
+
+
 @pytest.fixture(scope="session")
 def demo_policy(tmp_path_factory) -> str:
     """The demo's model and tokenizer after 20 steps of warm start: knows the words, hardly the sums."""

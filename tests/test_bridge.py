@@ -8,6 +8,8 @@ import torch
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
 
+pytestmark = pytest.mark.vllm_cpu
+
 END, PROMPTS = 1, 10
 
 

@@ -229,6 +229,24 @@ def test_known_conflicts(packages):
     ]
 
 
+def test_transformer_engine_that_cannot_be_loaded_is_named(packages, monkeypatch):
+    def found(code: str, *parts: str) -> list[Finding]:
+        packages({name: "2.19.0" for name in parts})
+        monkeypatch.setattr(stack, "TE_IMPORT", code)
+        return list(stack.transformer_engine_loads())
+
+    empty, no_cudnn = "raise RuntimeError('empty meta package')", "raise RuntimeError('cudnn shared object not found.')"
+    assert found(empty) == [] and found("pass", *stack.TRANSFORMER_ENGINE) == []
+    (meta_alone,) = found(empty, "transformer-engine")
+    assert meta_alone.level == PROBLEM and meta_alone.fact.endswith("RuntimeError: empty meta package")
+    assert meta_alone.mend.startswith("install transformer-engine-cu13 and transformer-engine-torch as requirements/")
+    (whole,) = found(no_cudnn, *stack.TRANSFORMER_ENGINE)
+    assert "RuntimeError: cudnn shared object not found." in whole.fact and "nvidia-cudnn-cu13" in whole.mend
+    monkeypatch.setattr(stack, "TE_WAIT_S", 0.5)
+    (hangs,) = found("import time; time.sleep(60)", *stack.TRANSFORMER_ENGINE)
+    assert hangs.fact.endswith("no end after 0.5 s")
+
+
 # Settings and model --------------------------------------------------------------------------------------------------
 
 

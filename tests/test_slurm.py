@@ -314,6 +314,7 @@ def undisturbed(slurm, demo_policy, tmp_path_factory) -> list[dict]:
     return metrics
 
 
+@pytest.mark.vllm_cpu
 @pytest.mark.timeout(900)
 def test_signal_preemption_and_a_lost_node_leave_no_trace_in_the_metrics(slurm, undisturbed, demo_policy, tmp_path):
     run_dir, nodes = tmp_path / "run", "--nodes=2"
@@ -358,6 +359,7 @@ def test_signal_preemption_and_a_lost_node_leave_no_trace_in_the_metrics(slurm, 
     assert measured(run_dir) == undisturbed
 
 
+@pytest.mark.vllm_cpu
 @pytest.mark.timeout(600)
 def test_a_failing_rank_fails_the_job(slurm, demo_policy, tmp_path):
     arguments = training(demo_policy, tmp_path / "run", 1, FAILING_REWARD)

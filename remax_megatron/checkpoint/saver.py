@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import queue
 import shutil
 from collections.abc import Callable, Iterator
@@ -44,17 +45,22 @@ from remax_megatron.parallel.layout import Layout
 from remax_megatron.policy.training_state import TrainingState
 
 ZIP_WRITER = "inline_container.cc"
+# The writer of megatron-core itself, where there is another: from 0.17 on the default is nvidia-resiliency-ext.
+HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+OWN_STRATEGY = {"async_strategy": "mcore"} if HAS_STRATEGIES else {}
+MAKE_QUEUE = "get_write_results_queue" if HAS_STRATEGIES else "_get_write_results_queue"
 ROOM_FOR_INDEX = 64 * 2**20  # bytes beside the tensors: index, manifest, rounding
 
 
 class _InThisProcess(TorchDistSaveShardedStrategy):
     """Megatron's strategy, but the files are written by the caller's thread and not by processes that it starts.
 
-    Those cost seconds per save, and a fork of a process that holds a GPU, an engine and threads. megatron-core 0.16.1.
+    Those cost seconds per save, and a fork of a process that holds a GPU, an engine and threads. megatron-core 0.16.1;
+    0.19.2 has threads instead, but still makes a process to hold a queue, and adds the argument `async_strategy`.
     """
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
-        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *strategy: str) -> AsyncRequest:
+        request = super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *strategy)
         if request.async_fn is None:  # nothing to write on this rank
             return request
         _, buckets, results = request.async_fn_args
@@ -179,8 +185,8 @@ class Saver:
     # -- the parts -------------------------------------------------------------------------------------------------
 
     def _begin(self, state: RunState, blocks: dict, folder: Path, background: bool) -> _Pending:
-        make_queue = filesystem_async._get_write_results_queue
-        filesystem_async._get_write_results_queue = queue.Queue  # else a process of its own, to hold a queue
+        make_queue = getattr(filesystem_async, MAKE_QUEUE)
+        setattr(filesystem_async, MAKE_QUEUE, queue.Queue)  # else a process of its own, to hold a queue
         try:
             request = dist_checkpointing.save(
                 blocks,
@@ -189,9 +195,10 @@ class Saver:
                 validate_access_integrity=False,  # blocks of no regular grid; the reader checks that they cover all
                 async_sharded_save=True,
                 content_metadata={"singleton_local_shards": False},
+                **OWN_STRATEGY,
             )
         finally:
-            filesystem_async._get_write_results_queue = make_queue
+            setattr(filesystem_async, MAKE_QUEUE, make_queue)
         assert request is not None
         # On this thread: on a GPU it waits for the device, and a new thread's device is another one.
         buckets = request.preload_fn() if request.preload_fn is not None else []

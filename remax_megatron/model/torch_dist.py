@@ -1,8 +1,9 @@
 """Megatron's `torch_dist` checkpoint format, read without Megatron and without running a pickle.
 
-A checkpoint folder holds `metadata.json` (which format), `common.pt` (a small pickled dict), `.metadata` (a pickled
-index: every tensor's shape, type and chunks, and where each chunk lies) and `*.distcp` files, in which every chunk is
-what `torch.save` makes of it. Formats: megatron-core 0.16.1 `dist_checkpointing/strategies/torch.py`, torch 2.13
+A checkpoint folder holds `metadata.json` (which format), `.metadata` (a pickled index: every tensor's shape, type and
+chunks, and where each chunk lies) and `*.distcp` files, in which every chunk is what `torch.save` makes of it. A small
+pickled dict is `common.pt`, or from megatron-core 0.19 on the object `common_state` in a `*.distcp` file. Formats:
+megatron-core 0.16.1 and 0.19.2 `dist_checkpointing/strategies/torch.py`, torch 2.11 and 2.13
 `distributed/checkpoint/filesystem.py`.
 
 `_InertUnpickler` builds plain records, imports nothing, and calls nothing that the file names, so a payload in
@@ -253,8 +254,8 @@ class TorchDist:
         for key, tensor in self.tensors.items():
             for chunk in tensor.chunks:
                 self.data_start(key, chunk, tensor.dtype)
-        common = self.folder / "common.pt"
-        for chunk in (*self._objects, Chunk((), (), str(common), 0, common.stat().st_size)):
+        common = [path for path in [self.folder / "common.pt"] if path.exists()]  # up to megatron-core 0.18
+        for chunk in (*self._objects, *(Chunk((), (), str(path), 0, path.stat().st_size) for path in common)):
             try:
                 with _Window(chunk.path, chunk.start, chunk.size) as window, zipfile.ZipFile(window) as archive:
                     for name in archive.namelist():

