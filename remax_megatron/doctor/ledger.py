@@ -22,6 +22,7 @@ import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config, needs_reference, recompute_of
@@ -115,18 +116,18 @@ def installed_stack(config: Config, on_cpu: bool = False) -> Stack:
     megatron, actor = config.actor_rollout_ref.actor.megatron, config.actor_rollout_ref.actor
     if on_cpu:
         return Stack("local", "sdpa", fused_adam=False, on_cpu=True)
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    has_te |= megatron.layers == "transformer_engine"
-    layers = megatron.layers if megatron.layers != "auto" else "transformer_engine" if has_te else "local"
-    attention = megatron.attention_backend
+    rounded = megatron.dtype == "bfloat16"  # model.layers and model.attention keep float32 from Transformer Engine
+    has_te = importlib.util.find_spec("transformer_engine") is not None or megatron.layers == "transformer_engine"
+    layers, attention = megatron.layers, megatron.attention_backend
+    if layers == "auto":
+        layers = "transformer_engine" if has_te and rounded else "local"
     if attention == "auto":
-        attention = "transformer_engine" if has_te else "varlen"
-        if actor.share_prompts or megatron.dtype != "bfloat16":
-            attention = "flex"
+        attention = "flex" if actor.share_prompts or not rounded else "transformer_engine" if has_te else "varlen"
     return Stack(layers, attention, fused_adam=has_te or importlib.util.find_spec("apex") is not None)
 
 
-def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> list[int]:
+@cache
+def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> tuple[int, ...]:
     """Parameters of a rank of each pipeline stage: padding of the vocabulary and the last one's tied head included."""
     from remax_megatron.model.weight_table import EMBEDDING, owner, shard_shape, weight_table
 
@@ -136,7 +137,7 @@ def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> lis
         held[owner(entry, facts.num_layers, pp, vpp)[0]] += size
         if entry.megatron_name == EMBEDDING and facts.tied_embeddings and pp > 1:
             held[-1] += size
-    return held
+    return tuple(held)
 
 
 def engine_weights(config: Config, facts: ModelFacts) -> int:
@@ -183,7 +184,7 @@ class _Rank:
         held, away, share = self.held(), self.offloaded(), {"engine": self.engine()}
         waits = {name: size - away.get(name, 0) for name, size in held.items()} | share
         made = {
-            "update": held | self.passes(),
+            "update": {name: size for name, size in held.items() if not self.comes_back_late(name)} | self.passes(),
             "optimizer": held | self.adam_step(),
             "sync": waits | self.buckets(),
             "canary": waits | self.canary(),
@@ -212,6 +213,12 @@ class _Rank:
             "optimizer": held["optimizer"] * (moves and self.megatron.optimizer_offload),
         }
 
+    def comes_back_late(self, name: str) -> bool:
+        """Whether a term of `held` is on the host until the optimizer's step: where each rollout has one update."""
+        actor, batch_size = self.config.actor_rollout_ref.actor, self.config.data.train_batch_size
+        one_update = (actor.ppo_mini_batch_size or batch_size) == batch_size and actor.ppo_epochs == 1
+        return name == "optimizer" and self.offloaded()[name] > 0 and one_update
+
     def kept_buffers(self) -> int:
         """What Megatron or Transformer Engine makes in the first update and never frees."""
         hidden, ffn, attention, keys = self.widths()
@@ -233,13 +240,16 @@ class _Rank:
         return int(self.rollout.gpu_memory_utilization * self.card)
 
     def buckets(self) -> dict[str, int]:
-        """Of the weight stream: two are alive, because vLLM keeps what it was given until the module is complete.
-        A tensor that is larger than a bucket has one of its own. And the module that vLLM builds anew from them."""
+        """Of the weight stream (model.weights): a bucket, or a tensor that is larger than one, and the bucket before,
+        because vLLM keeps what it was given until the module is complete; and that module, built anew from them."""
         element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
-        hidden, ffn, attention, keys = self.widths()
+        hidden, ffn, *_ = self.widths()
         largest = element * hidden * max(self.facts.vocab_size, 2 * ffn)
-        bucket = max(self.rollout.sync_bucket_mb * MIB, largest)
-        return {"buckets": 2 * bucket, "module of the engine": largest // self.rollout.tensor_model_parallel_size}
+        bucket = self.rollout.sync_bucket_mb * MIB
+        return {
+            "buckets": bucket + max(bucket, largest),
+            "module of the engine": largest // self.rollout.tensor_model_parallel_size,
+        }
 
     def canary(self) -> dict[str, int]:
         """vLLM makes the log-probabilities of a whole prompt at once, beside what it has set aside."""
@@ -258,7 +268,9 @@ class _Rank:
         """Saved for the backward pass at its fullest, and the moment of it that needs most beside that."""
         moments = dict(self.moments())
         worst = max(moments, key=lambda name: moments[name])
-        return {"saved for backward": self.saved(), worst: moments[worst]}
+        # A pipeline's messages: one comes or goes while a layer is computed, and two where they overlap with it.
+        messages = (0 if self.pp == 1 else 1 if self.vpp == 1 else 2) * self.batch.tokens * self.stream()
+        return {"saved for backward": self.saved(), worst: moments[worst], "messages": messages}
 
     def saved(self) -> int:
         """Of all micro-batches in flight: each chunk's layers, its input (an embedding or a message), 2 angles."""
@@ -296,13 +308,17 @@ class _Rank:
         return (5 if self.stack.on_cpu else 3) * self.element * self.facts.ffn_hidden_size // self.tp
 
     def attention(self) -> int:
-        """Queries, keys, values and the result, and the log of the softmax's sum in float32."""
+        """Queries, keys, values and the result, the log of the softmax's sum in float32, and without Transformer
+        Engine's kernel the cosines and sines that queries and keys were rotated by."""
         _, _, queries, keys = self.widths()
+        heads, queries = self.facts.num_attention_heads // self.tp, queries // self.tp
+        keys = max(keys // self.tp, self.facts.head_dim)  # a rank has one group at least
         width = {
             "transformer_engine": 2 * queries + 2 * keys,
             "varlen": 4 * queries,  # keys and values are repeated for every head of their group
         }.get(self.stack.attention, 3 * queries + 3 * keys)  # values lie in the product of linear_qkv, which stays
-        return (self.element * width + 4 * self.facts.num_attention_heads) // self.tp
+        angles = 0 if "transformer_engine" in (self.stack.layers, self.stack.attention) else 4 * self.facts.head_dim
+        return self.element * (width + angles) + 4 * heads
 
     def recomputed(self) -> int:
         """Bytes per token and layer that selective recompute does not save."""
@@ -312,7 +328,7 @@ class _Rank:
         if "mlp" in self.recompute.modules:  # with Transformer Engine the norm is in its first linear
             size += self.mlp() + self.has_te * self.stream()
         if "core_attn" in self.recompute.modules:
-            size += self.attention() - self.element * self.widths()[2] // self.tp * 2
+            size += self.element * self.widths()[2] // self.tp + 4 * self.facts.num_attention_heads // self.tp
         return size
 
     def moments(self) -> Iterator[tuple[str, int]]:
@@ -349,10 +365,10 @@ class _Rank:
         return self.element * self.facts.hidden_size * padded_vocab_size(self.facts.vocab_size, self.tp) // self.tp
 
     def head(self) -> int:
-        """algorithm.logprob: hidden states of the scored positions and their float32 gradient, the gradient of the
-        head, float32 sums of some of its rows and one product of them, and the tiles: float32 twice and rounded."""
+        """algorithm.logprob, backward: hidden states of the scored positions and their float32 gradient, the gradient
+        of the head and float32 sums of some of its rows, and a tile: its logits and their gradient."""
         hidden, scored = self.facts.hidden_size, self.batch.scored
         height = max(1, min(self.megatron.logprob_chunk_size, scored))
         width = HEAD_TILE // (4 * max(height, 1024))
-        tiles = 4 * height * width * 2 + self.element * height * width
-        return scored * hidden * (self.element + 4) + self.vocabulary() + 2 * 4 * width * hidden + tiles
+        tile = height * width * (4 + self.element)
+        return scored * hidden * (self.element + 4) + self.vocabulary() + 4 * width * hidden + tile

@@ -97,7 +97,7 @@ def memory(run: Run) -> Iterator[Finding]:
 
     made = counted(config)
     if not run.on_cpu and megatron.optimizer_offload and gpus():  # a login node has other memory
-        waits = run.ranks_here * made.phases["update"]["optimizer"]  # gradients are dropped
+        waits = run.ranks_here * made.phases["optimizer"]["optimizer"]  # gradients are dropped
         total, available = host_memory()
         fact = f"the optimizer waits in {gb(waits)} of host memory during rollouts, {gb(available)} are available"
         mend = "set actor_rollout_ref.actor.megatron.optimizer_offload=False, or take more nodes"
