@@ -265,26 +265,22 @@ class _Rank:
         return facts.hidden_size, facts.ffn_hidden_size, heads * facts.head_dim, groups * facts.head_dim
 
     def passes(self) -> dict[str, int]:
-        """Saved for the backward pass at its fullest, and the moment of it that needs most beside that."""
-        moments = dict(self.moments())
-        worst = max(moments, key=lambda name: moments[name])
+        """The moment of forward and backward that needs most: what is saved for the backward pass, and what is made."""
         # A pipeline's messages: one comes or goes while a layer is computed, and two where they overlap with it.
         messages = (0 if self.pp == 1 else 1 if self.vpp == 1 else 2) * self.batch.tokens * self.stream()
-        return {"saved for backward": self.saved(), worst: moments[worst], "messages": messages}
+        moments = ({"saved for backward": saved, name: made} for name, saved, made in self.moments())
+        return max(moments, key=lambda terms: sum(terms.values())) | {"messages": messages}
 
     def saved(self) -> int:
-        """Of all micro-batches in flight: each chunk's layers, its input (an embedding or a message), 2 angles."""
+        """Of a micro-batch, in a chunk of the model: by its layers, and its input (an embedding or a message)."""
         layers = self.facts.num_layers // (self.pp * self.vpp)
-        recompute, hidden = self.recompute, self.stream()
-        whole, count = self.layer(), 0
-        if recompute.granularity == "full" and recompute.method == "uniform":
-            count = math.ceil(layers / recompute.num_layers)
-        elif recompute.granularity == "full":
-            count = min(layers, recompute.num_layers)
-        kept = count * hidden if count else 0
-        if not (count and recompute.method == "uniform"):
-            kept += (layers - count) * (whole - self.recomputed())
-        return self.in_flight() * self.batch.tokens * (kept + hidden)
+        recompute, inputs = self.recompute, 0
+        if recompute.granularity == "full":
+            inputs = min(layers, recompute.num_layers)
+            if recompute.method == "uniform":
+                inputs, layers = math.ceil(layers / recompute.num_layers), 0
+        whole = max(layers - inputs, 0) * (self.layer() - self.recomputed())
+        return self.batch.tokens * (whole + (inputs + 1) * self.stream())
 
     def stream(self) -> int:
         """Bytes of a token's hidden state between two layers."""
@@ -331,15 +327,16 @@ class _Rank:
             size += self.element * self.widths()[2] // self.tp + 4 * self.facts.num_attention_heads // self.tp
         return size
 
-    def moments(self) -> Iterator[tuple[str, int]]:
-        """(name, bytes beside what is saved) of each moment of the backward pass."""
+    def moments(self) -> Iterator[tuple[str, int, int]]:
+        """(name, bytes that are saved, bytes that are made) of moments of the backward pass."""
+        saved, in_flight = self.saved(), self.in_flight()
         # Autograd holds the gradient of a weight with two uses until it has both.
         waiting = self.vocabulary() * (self.facts.tied_embeddings and self.pp == 1)
-        yield "backward of a layer", self.batch.tokens * self.layer_backward() + waiting
+        yield "backward of a layer", in_flight * saved, self.batch.tokens * self.layer_backward() + waiting
         if self.stage == self.pp - 1:
-            yield "head", self.head()
-        if self.stage == 0:
-            yield "gradient of the embedding", self.vocabulary() + waiting
+            yield "head", in_flight * saved, self.head()
+        if self.stage == 0:  # after all layers of this micro-batch
+            yield "gradient of the embedding", (in_flight - 1) * saved, self.vocabulary() + waiting
 
     def layer_backward(self) -> int:
         """Bytes per token while an MLP goes backward; its attention needs less. The gradient that comes in eH/s; then
