@@ -114,10 +114,11 @@ def test_the_micro_batch_is_full_of_the_longest_rows():
 
 
 def test_sync_and_canary():
-    """512 MiB of the bucket before, the whole embedding, and the engine's half of it; 256 prompt tokens' logits."""
+    """Twice 1 GiB or the whole embedding, and the engine's half of that; 256 prompt tokens' logits."""
     phases = made().phases
     embedding = 2 * 152064 * 3584
-    assert phases["sync"]["buckets"] == 512 * 2**20 + embedding
+    assert phases["sync"]["buckets"] == 2 * 2**30
+    assert made("actor_rollout_ref.rollout.sync_bucket_mb=100").phases["sync"]["buckets"] == embedding
     assert phases["sync"]["module of the engine"] == embedding // 2
     assert phases["canary"]["logits of the canary"] == int(2.5 * 4 * 256 * 152064)
     assert phases["sync"]["engine"] == 0.4 * 80e9

@@ -240,14 +240,13 @@ class _Rank:
         return int(self.rollout.gpu_memory_utilization * self.card)
 
     def buckets(self) -> dict[str, int]:
-        """Of the weight stream (model.weights): a bucket, or a tensor that is larger than one, and the bucket before,
-        because vLLM keeps what it was given until the module is complete; and that module, built anew from them."""
+        """Of the weight stream (model.weights): a bucket and the whole tensors that are made from it, or one tensor
+        that is larger than both. And the module that vLLM builds anew from them before it replaces the old one."""
         element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
         hidden, ffn, *_ = self.widths()
         largest = element * hidden * max(self.facts.vocab_size, 2 * ffn)
-        bucket = self.rollout.sync_bucket_mb * MIB
         return {
-            "buckets": bucket + max(bucket, largest),
+            "buckets": max(2 * self.rollout.sync_bucket_mb * MIB, largest),
             "module of the engine": largest // self.rollout.tensor_model_parallel_size,
         }
 
