@@ -2,51 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.doctor.ledger import Ledger, MicroBatch, Stack, full_micro_batch, ledger, parameters
+from tests.ledger_cases import CASES, FACTS, MEGATRON, RECOMPUTE, Case
 
-MEGATRON = "actor_rollout_ref.actor.megatron"
-RECOMPUTE = f"{MEGATRON}.override_transformer_config.recompute"
 LOCAL, TE = Stack("local", "varlen", fused_adam=False), Stack("transformer_engine", "transformer_engine", True)
-GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
+GB = 1e9
 
 
-def facts(name: str) -> ModelFacts:
-    return {  # layers, hidden, ffn, heads, kv heads, head_dim, vocabulary, tied, positions: config.json on the hub
-        "0.5B": ModelFacts(24, 896, 4864, 14, 2, 64, 151936, True, 32768),
-        "1.5B": ModelFacts(28, 1536, 8960, 12, 2, 128, 151936, True, 32768),
-        "3B": ModelFacts(36, 2048, 11008, 16, 2, 128, 151936, True, 32768),
-        "7B": ModelFacts(28, 3584, 18944, 28, 4, 128, 152064, False, 32768),
-        "14B": ModelFacts(48, 5120, 13824, 40, 8, 128, 152064, False, 32768),
-        "32B": ModelFacts(64, 5120, 27648, 40, 8, 128, 152064, False, 32768),
-    }[name]
-
-
-def made(*overrides: str, model: str = "7B", world_size: int = 8, preset: str = "qwen2_5_7b", **kwargs) -> Ledger:
+def made(*overrides: str, model: str = "7b", world_size: int = 8, preset: str = "qwen2_5_7b", **kwargs) -> Ledger:
     kwargs = {"stack": LOCAL, "batch": MicroBatch(tokens=10_000, scored=5_000, count=8)} | kwargs
-    return ledger(load_config(preset, overrides).config, facts(model), world_size, **kwargs)
+    return ledger(load_config(preset, overrides).config, FACTS[model], world_size, **kwargs)
 
 
-@pytest.mark.parametrize("name, published", [("0.5B", 494_032_768), ("7B", 7_615_616_512), ("32B", 32_763_876_352)])
+@pytest.mark.parametrize("name, published", [("0.5b", 494_032_768), ("7b", 7_615_616_512), ("32b", 32_763_876_352)])
 def test_parameters_are_those_of_the_model_cards(name, published):
-    assert parameters(facts(name)) == (published,)
+    assert parameters(FACTS[name]) == (published,)
 
 
 def test_parameters_of_each_stage():
     replicated = (2 * 28 + 1) * 3584  # norms are on every rank
-    assert parameters(facts("7B"), tp=2) == ((7_615_616_512 - replicated) // 2 + replicated,)
+    assert parameters(FACTS["7b"], tp=2) == ((7_615_616_512 - replicated) // 2 + replicated,)
     embedding = 151936 * 896
     layer = (494_032_768 - embedding - 896) // 24
     # The last of two stages: half of the layers, the final norm, and its own copy of the tied embedding.
-    assert parameters(facts("0.5B"), pp=2) == (12 * layer + embedding, 12 * layer + 896 + embedding)
+    assert parameters(FACTS["0.5b"], pp=2) == (12 * layer + embedding, 12 * layer + 896 + embedding)
 
 
 def test_what_is_held():
     """3.81e9 parameters at TP 2: 2 bytes, 4 of gradients, and 12 of Adam over DP 4."""
-    (count,) = parameters(facts("7B"), tp=2)
+    (count,) = parameters(FACTS["7b"], tp=2)
     found = made().phases["rollout"]
     assert (found["weights"], found["gradients"], found["optimizer"]) == (2 * count, 4 * count, 3 * count)
     in_fp32 = made(f"{MEGATRON}.dtype=float32").phases["rollout"]
@@ -122,3 +113,45 @@ def test_sync_and_canary():
     assert phases["sync"]["module of the engine"] == embedding // 2
     assert phases["canary"]["logits of the canary"] == int(2.5 * 4 * 256 * 152064)
     assert phases["sync"]["engine"] == 0.4 * 80e9
+
+
+# What was counted ----------------------------------------------------------------------------------------------------
+
+
+def peaks(case: Case) -> list[int]:
+    """Bytes of an update, its optimizer step included, on each stage."""
+    return [max(one.peak("update"), one.peak("optimizer")) for one in case.ledgers()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_within_five_percent_of_what_was_counted(case: Case):
+    assert peaks(case) == pytest.approx(list(case.counted), rel=0.05)
+
+
+def table_of(heading: str) -> Iterator[list[str]]:
+    """The cells of the rows of the table under `heading` of docs/memory.md."""
+    _, _, text = (ROOT / "docs" / "memory.md").read_text().partition(f"## {heading}\n")
+    rows = [line for line in text.partition("\n## ")[0].splitlines() if line.startswith("|")]
+    yield from ([cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:])
+
+
+def test_the_documented_table_of_presets():
+    """docs/memory.md says what the ledger says."""
+    rows = list(table_of("The presets"))
+    assert {row[0] for row in rows} == {path.stem for path in (ROOT / "conf").glob("qwen*.yaml")}
+    for preset, layers, *cells in rows:
+        config = load_config(preset).config
+        ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+        stack = TE if layers == "Transformer Engine" else LOCAL
+        found = ledger(config, FACTS[preset.removeprefix("qwen2_5_")], ranks, stack=stack)
+        assert cells == [f"{found.peak(phase) / GB:.1f}" for phase in found.phases]
+
+
+def test_the_documented_table_of_counts():
+    """docs/memory.md has every case, on the stage that needs most."""
+    expected = []
+    for case in CASES:
+        made, counted = max(zip(peaks(case), case.counted, strict=True), key=lambda pair: pair[1])
+        layers = "local" if case.layers == "local" else "Transformer Engine"
+        expected.append([str(case), layers, f"{counted / GB:.2f}", f"{made / GB:.2f}", f"{made / counted - 1:+.1%}"])
+    assert list(table_of("How well it is counted")) == expected
