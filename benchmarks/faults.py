@@ -66,7 +66,7 @@ LEFT_OVER_S = 10.0
 ATTEMPT_S = 300.0
 POLL_S = 0.001
 SAVES_AHEAD = 2  # a kill comes before the second checkpoint of an attempt is whole, so that half of them get on
-TIMINGS = ("time/", "throughput/", "seconds", "gb_per_s", "memory/")
+TIMINGS = ("time/", "throughput/", "perf/", "seconds", "gb_per_s", "memory/")
 WATCH = "REMAX_FAULTS_WATCH"  # environment: the folder of the ranks' marks; finds all processes of an attempt, too
 
 REWARD = '''

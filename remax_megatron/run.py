@@ -32,6 +32,7 @@ from remax_megatron.memory_probe import memory_probe
 from remax_megatron.metrics import MetricsWriter
 from remax_megatron.model.hf_folder import side_files, write_hf_folder
 from remax_megatron.model.megatron_folder import model_folder
+from remax_megatron.out_of_memory import explained, record_history
 from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.first_rank import from_first_rank
@@ -66,8 +67,9 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         for cleanup in cleanups:
             cleanup()
 
+    record_history(device)
     timer = _timer(config, device)
-    with ends_all_ranks(clean_up):
+    with ends_all_ranks(clean_up), explained(config, facts, device, lambda: timer.failed_in):
         watchdog.start(config.trainer.watchdog_timeout_s, clean_up)
         prompts_digest = check_agreement(config, inputs)
         lock_run_folder(config)
