@@ -23,7 +23,7 @@ from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.rules import ACTOR, MEGATRON, ROLLOUT, validate, value_of
 from remax_megatron.config.schema import Config, ConfigError, recompute_of
 from remax_megatron.doctor.findings import gb
-from remax_megatron.doctor.fitting import with_setting
+from remax_megatron.doctor.fitting import TP, with_setting
 from remax_megatron.doctor.ledger import ASSUMED_CARD, Ledger, ledger
 from remax_megatron.doctor.machine import gpus, host_memory
 from remax_megatron.gauges import resident_bytes
@@ -88,7 +88,8 @@ def advice(
     host_only: bool = False,
     card: int = ASSUMED_CARD,
 ) -> list[str]:
-    """The two changes that save most in `phase`, as the ledger counts it; changes that it does not count come last.
+    """The two changes that save most in `phase`, as the ledger counts it. Another layout, which is slower, comes after
+    all others that save, and what the ledger does not count comes last.
 
     `on_cpu` says that the ranks compute on the CPU; `host_only` that they do on GPUs, and it was the host's memory.
     """
@@ -106,7 +107,7 @@ def advice(
         saved = 0 if host_only else need(config) - need(changed)
         if saved >= 0:
             found.append((saved, key, value))
-    best = sorted(found, key=lambda change: -change[0])[:2]
+    best = sorted(found, key=lambda change: (change[0] == 0, change[1] == TP, -change[0]))[:2]
     said = [
         f"{key}={value} (now {value_of(config, key)})" + (f" saves {gb(saved)}" if saved else "")
         for saved, key, value in best
@@ -132,7 +133,7 @@ def _changes(phase: str, config: Config, on_cpu: bool) -> Iterator[tuple[str, An
             yield f"{MEGATRON}.sequence_parallel", True
         if not megatron.use_distributed_optimizer:
             yield f"{MEGATRON}.use_distributed_optimizer", True
-        yield f"{MEGATRON}.tensor_model_parallel_size", 2 * megatron.tensor_model_parallel_size
+        yield TP, 2 * megatron.tensor_model_parallel_size
     else:
         if phase == "sync" and rollout.sync_bucket_mb > 1:
             yield f"{ROLLOUT}.sync_bucket_mb", rollout.sync_bucket_mb // 2
