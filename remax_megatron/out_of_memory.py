@@ -25,7 +25,7 @@ from remax_megatron.config.schema import Config, ConfigError, recompute_of
 from remax_megatron.doctor.findings import gb
 from remax_megatron.doctor.fitting import TP, with_setting
 from remax_megatron.doctor.ledger import ASSUMED_CARD, Ledger, ledger
-from remax_megatron.doctor.machine import gpus, host_memory
+from remax_megatron.doctor.machine import host_memory
 from remax_megatron.gauges import resident_bytes
 
 HOST_TEXTS = ("DefaultCPUAllocator: can't allocate memory",)  # a RuntimeError, c10/core/impl/alloc_cpu.cpp, torch 2.13
@@ -172,7 +172,7 @@ def _counted(phase: str, made: Ledger) -> tuple[str, int]:
 def _lines(config: Config, facts: ModelFacts, device: torch.device, phase: str, kind: str) -> Iterator[str]:
     """The message, most important first: other ranks print only its beginning."""
     on_cpu, world_size = device.type == "cpu", dist.get_world_size()
-    card = ASSUMED_CARD if on_cpu else min((total for _, total, _ in gpus()), default=ASSUMED_CARD)
+    card = ASSUMED_CARD if on_cpu else torch.cuda.mem_get_info(device)[1]
     host_only = kind == "host" and not on_cpu
     yield f"{'host' if on_cpu or host_only else 'GPU'} memory ran out in phase {phase}. What would help most there:"
     for change in advice(phase, config, facts, world_size, on_cpu=on_cpu, host_only=host_only, card=card):

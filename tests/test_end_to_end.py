@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from remax_megatron.convert import hf_to_megatron
 from remax_megatron.demo.model_config import MODEL_CONFIG
 from remax_megatron.metrics import read_metrics
 from remax_megatron.types import Row
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 
 LAYOUTS = [  # ranks, tp, pp, vllm tp
     (2, 2, 1, 1),
@@ -155,6 +156,16 @@ def test_flops_are_those_of_the_recorded_rollouts_and_peaks_are_above_what_is_he
         assert all(0.1 < peak < 8 for peak in peaks.values()), peaks
         assert peaks["memory/score_peak_gib"] <= peaks["memory/update_peak_gib"] <= peaks["memory/step_peak_gib"]
     assert "memory/save_peak_gib" in steps[1]  # that of step 1, whose record was written before
+
+
+def test_every_time_speed_and_memory_is_documented(first_run):
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    phases = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `")))
+    for record in read_metrics(first_run / "metrics.jsonl"):
+        for key in record:
+            if key.startswith(("time/", "perf/", "memory/")) and f"`{key}`" not in page:
+                phase, general = re.fullmatch(r"(?:time|memory)/([a-z]+)(_.+)", key).groups()
+                assert phase in phases and f"/PHASE{general}`" in page, key
 
 
 def test_a_profiled_step_leaves_a_trace_of_its_phases_on_each_rank(first_run):
