@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from remax_megatron.config.load import load_config
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.doctor.fitting import with_setting
 from remax_megatron.doctor.ledger import ledger
-from remax_megatron.out_of_memory import advice, exhausted, record_history
+from remax_megatron.out_of_memory import OutOfMemory, advice, exhausted, explained, record_history
 from tests.test_failure import overrides
 
 QWEN_7B = ModelFacts(
@@ -138,6 +139,32 @@ def test_history_is_recorded_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> No
     record_history(torch.device("cpu"))
     record_history(torch.device("cuda"))
     assert asked == [{"stacks": "python", "max_entries": 50_000}]
+
+
+def test_on_a_gpu_the_snapshot_and_the_allocator_are_named_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: NUM_GPUS)
+    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 70 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 75 * 10**9)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).write_bytes(b"snapshot"))
+    config, file = settings(f"trainer.default_local_dir={tmp_path}/run"), tmp_path / "run" / "oom-rank-3.pickle"
+    with pytest.raises(OutOfMemory) as raised, explained(config, QWEN_7B, torch.device("cuda"), lambda: "sync"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    first, *rest = str(raised.value).splitlines()
+    assert first == "GPU memory ran out in phase sync. What would help most there:"
+    assert [line.startswith("  actor_rollout_ref.") for line in rest] == [True, True, False, False, False]
+    assert rest[2].startswith("counted for a rank of pipeline stage 0 (sync): weights ")
+    assert "torch allocated 70.0 GB and reserved 75.0 GB" in rest[3] and "79.0 GB of 80.0 GB" in rest[3]
+    assert str(file) in rest[4] and file.read_bytes() == b"snapshot"
+    assert isinstance(raised.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    error = RuntimeError("a peer is gone")
+    with pytest.raises(RuntimeError) as raised, explained(settings(), QWEN_7B, torch.device("cpu"), lambda: ""):
+        raise error
+    assert raised.value is error
 
 
 def test_a_run_says_what_it_was_doing_what_lay_where_and_what_would_help(torchrun, demo_policy, tmp_path: Path) -> None:
