@@ -91,13 +91,13 @@ def mark_phases(path):
         os.pwrite(file, f"{os.getpid()} {steps} {phases[-1]}".ljust(64).encode(), 0)
 
     @contextmanager
-    def phase(timer, name):
+    def phase(timer, name, queued=False):
         nonlocal steps
         steps += name == "step"
         phases.append(name)
         mark()
         try:
-            with plain(timer, name):
+            with plain(timer, name, queued):
                 yield
         finally:
             phases.pop()

@@ -1,4 +1,4 @@
-"""Names of phases on a profiler's timeline, and torch profiler traces of single steps.
+"""Names and marks of phases on a device's timeline, and torch profiler traces of single steps.
 
 `trainer.profile_steps=[3,4]` writes `default_local_dir/profile/step-3/rank-0.json.gz` for these steps and every rank,
 to be opened in https://ui.perfetto.dev or chrome://tracing. A trace covers a step's rollout, reward, update and sync,
@@ -35,6 +35,13 @@ class StepProfiler:
             yield
         with replacing(self._folder / f"step-{number}" / f"rank-{self._rank}.json.gz") as path:
             recorded.export_chrome_trace(str(path))  # the suffix .gz makes it compress
+
+
+def cuda_event() -> torch.cuda.Event:
+    """A mark behind what is queued on the current stream, with the device's time."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 @contextmanager

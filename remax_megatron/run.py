@@ -38,7 +38,7 @@ from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.first_rank import from_first_rank
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.phases import PhaseTimer
-from remax_megatron.profiling import StepProfiler, named_range
+from remax_megatron.profiling import StepProfiler, cuda_event, named_range
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.run_folder import check_shared, checkpoints_folder, lock_run_folder, start_run_folder
 
@@ -264,7 +264,11 @@ def _timer(config: Config, device: torch.device) -> PhaseTimer:
     """The timer of the run's phases, which also tells the watchdog and a profiler of them."""
     trainer, rank = config.trainer, dist.get_rank()
     profiler = StepProfiler(as_list(trainer.profile_steps), Path(trainer.default_local_dir) / "profile", rank, device)
-    return PhaseTimer(around=(watchdog.phase, partial(named_range, device=device)), around_step=profiler.around_step)
+    return PhaseTimer(
+        around=(watchdog.phase, partial(named_range, device=device)),
+        around_step=profiler.around_step,
+        event=cuda_event if device.type == "cuda" else None,
+    )
 
 
 def _export(trainer: Trainer, model_folder: str) -> None:

@@ -24,6 +24,36 @@ def test_seconds_add_up_and_nest() -> None:
     assert timer.pop() == {}
 
 
+class Mark:
+    """An event of a device whose clock shows `milliseconds`."""
+
+    def __init__(self, milliseconds: float) -> None:
+        self.milliseconds, self.reached = milliseconds, False
+
+    def synchronize(self) -> None:
+        self.reached = True
+
+    def elapsed_time(self, later: Mark) -> float:
+        assert later.reached
+        return later.milliseconds - self.milliseconds
+
+
+def test_of_queued_work_the_devices_seconds_count() -> None:
+    ticks, marks = iter([0.0, 0.001, 0.002, 5.0]), iter([Mark(100.0), Mark(2600.0)])
+    timer = PhaseTimer(clock=lambda: next(ticks), event=lambda: next(marks))
+    with timer.phase("update"), timer.phase("restore", queued=True):
+        pass  # a millisecond to queue copies that take 2.5 s
+    assert timer.pop() == {"time/restore_s": 2.5, "time/update_s": 5.0}
+    ticks = iter([1.0, 4.0])
+    with timer.phase("update"):
+        pass
+    assert timer.pop() == {"time/update_s": 3.0}
+    timer = PhaseTimer(clock=iter([1.0, 4.0]).__next__)  # without a device's clock
+    with timer.phase("restore", queued=True):
+        pass
+    assert timer.pop() == {"time/restore_s": 3.0}
+
+
 def test_a_peak_counts_in_every_phase_around_it_and_in_no_other() -> None:
     # GiB at most between two looks; the first is what was before the step.
     peaks = iter([99, 3, 5, 4, 8, 2, 6, 1])
