@@ -92,11 +92,13 @@ def advice(
     all others that save, and what the ledger does not count comes last.
 
     `on_cpu` says that the ranks compute on the CPU; `host_only` that they do on GPUs, and it was the host's memory.
+    `world_size` counts the ranks; a device has `card` bytes.
     """
 
     def need(changed: Config) -> int:
         return _counted(phase, ledger(changed, facts, world_size, card=card, on_cpu=on_cpu))[1]
 
+    now = 0 if host_only else need(config)
     found: list[tuple[int, str, Any]] = []
     for key, value in _host_changes(config) if host_only else _changes(phase, config, on_cpu):
         changed = with_setting(config, key, value)
@@ -104,7 +106,7 @@ def advice(
             validate(changed, world_size, facts)
         except ConfigError:
             continue
-        saved = 0 if host_only else need(config) - need(changed)
+        saved = 0 if host_only else now - need(changed)
         if saved >= 0:
             found.append((saved, key, value))
     best = sorted(found, key=lambda change: (change[0] == 0, change[1] == TP, -change[0]))[:2]
