@@ -33,6 +33,7 @@ HOST_TEXTS = ("DefaultCPUAllocator: can't allocate memory",)  # a RuntimeError, 
 DEVICE_TEXTS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 HISTORY_ENTRIES = 50_000  # allocations and frees that are remembered, some KB of host memory each
 START = "start"  # outside of all phases: building, and the first sync
+UNCOUNTED = ("trainer.async_save", "reward.num_workers", f"{ROLLOUT}.max_num_seqs")  # by the ledger
 # The ledger's phases that a phase of the run goes through.
 COUNTED_AS = {
     "update": ("update", "optimizer"),
@@ -107,7 +108,7 @@ def advice(
         except ConfigError:
             continue
         saved = 0 if host_only else now - need(changed)
-        if saved >= 0:
+        if saved > 0 or host_only or key in UNCOUNTED:
             found.append((saved, key, value))
     best = sorted(found, key=lambda change: (change[0] == 0, change[1] == TP, -change[0]))[:2]
     said = [
