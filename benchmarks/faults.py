@@ -14,7 +14,7 @@ The moments are aimed: each round goes through --aims in random order, with a ra
 second checkpoint from the one resumed from is whole, and a random part of the usual duration of the phase as delay,
 or until it ends.
 Phases are seen from outside: a save by its folder `.iter_N.partial`, the others by a file per rank. The run's reward
-function, which each rank imports, wraps metrics.PhaseTimer to write it, so the file also says where the rank was when
+function, which each rank imports, wraps phases.PhaseTimer to write it, so the file also says where the rank was when
 it died (`fell in`; `save`: a partial folder was left behind, with the phase when it was written in the background).
 
     kills        ranks killed
@@ -66,7 +66,7 @@ LEFT_OVER_S = 10.0
 ATTEMPT_S = 300.0
 POLL_S = 0.001
 SAVES_AHEAD = 2  # a kill comes before the second checkpoint of an attempt is whole, so that half of them get on
-TIMINGS = ("time/", "throughput/", "seconds", "gb_per_s", "memory/")
+TIMINGS = ("time/", "throughput/", "perf/", "seconds", "gb_per_s", "memory/")
 WATCH = "REMAX_FAULTS_WATCH"  # environment: the folder of the ranks' marks; finds all processes of an attempt, too
 
 REWARD = '''
@@ -83,7 +83,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 def mark_phases(path):
     """Keep "PID STEPS-BEGUN PHASE" in `path`, written by one call and always of the same length."""
-    from remax_megatron.metrics import PhaseTimer
+    from remax_megatron.phases import PhaseTimer
 
     plain, file, phases, steps = PhaseTimer.phase, os.open(path, os.O_WRONLY | os.O_CREAT), ["none"], 0
 
@@ -91,13 +91,13 @@ def mark_phases(path):
         os.pwrite(file, f"{os.getpid()} {steps} {phases[-1]}".ljust(64).encode(), 0)
 
     @contextmanager
-    def phase(timer, name):
+    def phase(timer, name, queued=False):
         nonlocal steps
         steps += name == "step"
         phases.append(name)
         mark()
         try:
-            with plain(timer, name):
+            with plain(timer, name, queued):
                 yield
         finally:
             phases.pop()
@@ -300,7 +300,7 @@ def attempt(options: argparse.Namespace, work: Path, run: int, done: int, backgr
     if now.killed is not None:
         is_saving = any((folder / "checkpoints").glob(".iter_*.partial"))
         where = now.killed.phase
-        now.fell_in = where if not is_saving else "save" if where == "checkpoint" else f"save in {where}"
+        now.fell_in = where if not is_saving else "save" if where == "save" else f"save in {where}"
     found = r"^(?:Resuming after step|The run is complete:) (\d+)"
     said = re.search(found, log_of(folder).read_text(errors="replace"), re.MULTILINE)
     now.resumed = int(said[1]) if said else 0
@@ -452,7 +452,7 @@ def usual_durations(folder: Path, save_freq: int) -> dict[str, float]:
         name: statistics.median(record[f"time/{name}_s"] for record in steps)
         for name in ("rollout", "update", "sync", "step")
     }
-    saves = [record["time/checkpoint_s"] for record in steps[1:] if (record["step"] - 1) % save_freq == 0]
+    saves = [record["time/save_s"] for record in steps[1:] if (record["step"] - 1) % save_freq == 0]
     return durations | {"save": statistics.median(saves or [0.2])}
 
 

@@ -7,6 +7,7 @@ benchmarks/growth.py.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,14 +17,16 @@ _GIB = 2**30
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-def process_gauges(device: torch.device) -> dict[str, float]:
-    """`memory/*` for metrics.jsonl, each the largest over all ranks. Collective over the world, one all-reduce.
+def process_gauges(device: torch.device, mine: Mapping[str, float]) -> dict[str, float]:
+    """`memory/*` for metrics.jsonl, each the largest over all ranks; `mine` are more of this rank's, the same keys on
+    all. Collective over the world, one all-reduce.
 
     GiB are those of resident memory, mapped files included; `children` are all processes below a rank (the reward
     workers) together. On CUDA `device_allocated` and `device_reserved` are torch's, `device_used` is what all processes
     on the device take, vLLM's own mappings included.
     """
-    mine = {
+    gauges = {
+        **mine,
         "memory/rss_max_gib": resident_bytes("self") / _GIB,
         "memory/children_max_gib": sum(resident_bytes(pid) for pid in descendants(os.getpid())) / _GIB,
         "memory/open_files_max": num_open_files("self"),
@@ -31,14 +34,14 @@ def process_gauges(device: torch.device) -> dict[str, float]:
     }
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        mine |= {
+        gauges |= {
             "memory/device_allocated_max_gib": torch.cuda.memory_allocated(device) / _GIB,
             "memory/device_reserved_max_gib": torch.cuda.memory_reserved(device) / _GIB,
             "memory/device_used_max_gib": (total - free) / _GIB,
         }
-    largest = torch.tensor(list(mine.values()), dtype=torch.float64, device=device)
+    largest = torch.tensor(list(gauges.values()), dtype=torch.float64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return dict(zip(mine, largest.tolist(), strict=True))
+    return dict(zip(gauges, largest.tolist(), strict=True))
 
 
 def resident_bytes(pid: int | str) -> int:

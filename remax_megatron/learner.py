@@ -22,7 +22,9 @@ from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.algorithm.estimators.reward_softmax import effective_sample_size
 from remax_megatron.algorithm.kl import AdaptiveKl, FixedKl, kl_controller, token_kl, with_kl_in_reward
+from remax_megatron.batching.packed import row_groups
 from remax_megatron.config.schema import Config, skips_zero_advantage
+from remax_megatron.flops import RowGroup
 from remax_megatron.guards import (
     MISMATCH,
     NONFINITE,
@@ -33,6 +35,7 @@ from remax_megatron.guards import (
     mismatch_records,
     nonfinite_records,
 )
+from remax_megatron.phases import PhaseTimer
 from remax_megatron.types import Rollout, Row
 
 if TYPE_CHECKING:
@@ -42,18 +45,28 @@ if TYPE_CHECKING:
 
 @dataclass
 class Learned:
-    """The rows of a batch, the optimizer steps that were taken, and the metrics of what was left out or added."""
+    """The rows of a batch, the optimizer steps that were taken, the rows that were computed for them, once per pass, as
+    they were packed, and the metrics of what was left out or added."""
 
     rows: list[Row]
     updates: list[UpdateResult]
+    packed: list[RowGroup]
     metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Learner:
     """The policy, the reference where a KL asks for one, and the settings of the algorithm."""
 
-    def __init__(self, config: Config, policy: Policy, reference: Reference | None, say: Callable[[str], None]):
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        reference: Reference | None,
+        say: Callable[[str], None],
+        timer: PhaseTimer | None = None,
+    ):
         self.config, self.policy, self.reference, self.say = config, policy, reference, say
+        self.timer = timer or PhaseTimer()
         algorithm, control = config.algorithm, config.algorithm.kl_ctrl
         self.estimator = get_estimator(
             algorithm.adv_estimator,
@@ -84,7 +97,8 @@ class Learner:
         log. NonFiniteError or MismatchError, on every rank, when the run has to stop."""
         actor = self.config.actor_rollout_ref.actor
         rows = training_rows(rollouts, self.estimator)
-        metrics = self._put_kl_in_reward(rows) if self.config.algorithm.use_kl_in_reward else {}
+        with self.timer.phase("score"):
+            metrics = self._put_kl_in_reward(rows) if self.config.algorithm.use_kl_in_reward else {}
         size = (actor.ppo_mini_batch_size or len(rollouts)) * self.config.actor_rollout_ref.rollout.n
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         for part in parts:
@@ -92,8 +106,10 @@ class Learner:
         if self.skips:
             parts = [[row for row in part if any(row.advantages)] for part in parts]
         trained = [row for part in parts for row in part]
-        self._add_logprobs(trained, num_updates=sum(bool(part) for part in parts) * actor.ppo_epochs)
-        updates = self._updates([part for part in parts * actor.ppo_epochs if part], label, step)
+        with self.timer.phase("score"):
+            self._add_logprobs(trained, num_updates=sum(bool(part) for part in parts) * actor.ppo_epochs)
+        packed: list[RowGroup] = []
+        updates = self._updates([part for part in parts * actor.ppo_epochs if part], label, step, packed)
         if len(updates) < len(parts) * actor.ppo_epochs:
             left = len(parts) * actor.ppo_epochs - len(updates)
             self.say(f"{label}: {left} update(s) left out: every advantage in them is 0")
@@ -103,7 +119,7 @@ class Learner:
             metrics["advantage/effective_sample_size"] = effective_sample_size(rewards, temperature)
         metrics["guard/nonfinite_updates"] = sum(update.skipped == NONFINITE for update in updates)
         metrics["guard/nonfinite_in_a_row"] = self.nonfinite_in_a_row
-        return Learned(rows, updates, metrics | _left_out(rows, trained, updates))
+        return Learned(rows, updates, packed, metrics | _left_out(rows, trained, updates))
 
     def _put_kl_in_reward(self, rows: list[Row]) -> dict[str, float]:
         """Change the advantages by the KL of every token, then adapt its coefficient; returns the metrics."""
@@ -146,12 +162,13 @@ class Learner:
             for row, logprobs in zip(rows, self.reference.logprobs(rows), strict=True):
                 row.ref_logprobs = logprobs
 
-    def _updates(self, parts: Sequence[list[Row]], label: str, step: int) -> list[UpdateResult]:
+    def _updates(self, parts: Sequence[list[Row]], label: str, step: int, packed: list[RowGroup]) -> list[UpdateResult]:
+        """An optimizer step on each of `parts`; what each computes is added to `packed`."""
         updates: list[UpdateResult] = []
         for number, part in enumerate(parts, start=1):
             # Until a step is made the weights are those that wrote the answers, and engine and policy must agree.
             limit = self._mismatch_limit if all(update.skipped for update in updates) else None
-            update = self._update(part, label, limit)
+            update = self._update(part, label, limit, packed)
             updates.append(update)
             if update.skipped == MISMATCH:
                 self._stop_for_mismatch(part, update, label, step)
@@ -164,11 +181,12 @@ class Learner:
                 self.nonfinite_in_a_row = 0
         return updates
 
-    def _update(self, rows: list[Row], label: str, limit: float | None) -> UpdateResult:
-        schedule = self.policy.schedule(rows)
-        if self.config.actor_rollout_ref.actor.use_dynamic_bsz:
-            for rank in schedule:
-                for batch in rank:
+    def _update(self, rows: list[Row], label: str, limit: float | None, packed: list[RowGroup]) -> UpdateResult:
+        schedule, actor = self.policy.schedule(rows), self.config.actor_rollout_ref.actor
+        for rank in schedule:
+            for batch in rank:
+                packed += row_groups(rows, batch, actor.share_prompts)
+                if actor.use_dynamic_bsz:
                     num_tokens = self.policy.num_computed_tokens(rows, batch)
                     self.say(f"{label}: Dynamic Batch: {len(batch)} samples ({num_tokens} tokens)")
         return self.policy.update(rows, schedule, self.reference, limit)

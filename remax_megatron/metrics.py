@@ -1,6 +1,7 @@
-"""Where metrics go (metrics.jsonl always; console, wandb, tensorboard on request), and the timer of a step's phases.
+"""Where metrics go (metrics.jsonl always; console, wandb, tensorboard on request).
 
-Rank 0 writes: the caller reduces over ranks first, with each metric's own reduction. Drawing is plots.py.
+Rank 0 writes: the caller reduces over ranks first, with each metric's own reduction. What the keys mean is
+docs/metrics.md, drawing is plots.py.
 `metrics.jsonl` holds one JSON object per line, `{"step": 3, "reward/mean": 0.5, ...}`, flushed line by line. JSON has
 no word for NaN and infinity: they are written as null. wandb and tensorboard get the value itself. wandb runs offline
 (files under the run's folder, `wandb sync` uploads them) unless WANDB_API_KEY or WANDB_MODE is set.
@@ -11,9 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,37 +113,6 @@ def console_lines(step: int, metrics: Mapping[str, float]) -> list[str]:
         accuracy = metrics["val/accuracy"]  # a mean reward: a share, unless the reward has another range
         lines.append(f"Validation Accuracy: {f'{accuracy:.1%}' if 0 <= accuracy <= 1 else f'{accuracy:.3f}'}")
     return lines
-
-
-class PhaseTimer:
-    """Wall-clock seconds per named phase of a step: `with timer.phase("rollout"): ...`.
-
-    A phase entered more than once adds up; phases may nest (`step` around the others), each counts its own whole time.
-    A phase that raises is counted too. Device work that is still queued is not waited for. `around(name)` gives a
-    context manager that is held during the phase.
-    """
-
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.perf_counter,
-        around: Callable[[str], AbstractContextManager[object]] = nullcontext,
-    ) -> None:
-        self._clock, self._around = clock, around
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = self._clock()
-        try:
-            with self._around(name):
-                yield
-        finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
-
-    def pop(self) -> dict[str, float]:
-        """{"time/rollout_s": seconds, ...} since the last call, and starts again from nothing."""
-        seconds, self._seconds = self._seconds, {}
-        return {f"time/{name}_s": value for name, value in seconds.items()}
 
 
 def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,16 +23,22 @@ from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.config.rules import as_list
 from remax_megatron.config.schema import Config, ConfigError, needs_reference, recompute_of
+from remax_megatron.flops import UpdateFlops, peak_bf16_tflops
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_agreement, prepare_inputs
-from remax_megatron.metrics import MetricsWriter, PhaseTimer
+from remax_megatron.memory_probe import memory_probe
+from remax_megatron.metrics import MetricsWriter
 from remax_megatron.model.hf_folder import side_files, write_hf_folder
 from remax_megatron.model.megatron_folder import model_folder
+from remax_megatron.out_of_memory import explained, record_history
 from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.first_rank import from_first_rank
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
+from remax_megatron.phases import PhaseTimer
+from remax_megatron.profiling import StepProfiler, cuda_event, named_range
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.run_folder import check_shared, checkpoints_folder, lock_run_folder, start_run_folder
 
@@ -60,7 +67,9 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         for cleanup in cleanups:
             cleanup()
 
-    with ends_all_ranks(clean_up):
+    record_history(device)
+    timer = _timer(config, device)
+    with ends_all_ranks(clean_up), explained(config, facts, device, lambda: timer.failed_in):
         watchdog.start(config.trainer.watchdog_timeout_s, clean_up)
         prompts_digest = check_agreement(config, inputs)
         lock_run_folder(config)
@@ -71,7 +80,7 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
             complete = config.trainer.resume_mode == "auto" and checkpoint[1].step >= steps
             if complete and _is_exported(config):
                 _leave(f"The run is complete: {steps} steps. A larger trainer.total_epochs goes on from there.")
-        trainer = _build(config, facts, inputs, prompts_digest, checkpoint, device, is_first)
+        trainer = _build(config, facts, inputs, prompts_digest, checkpoint, device, is_first, timer)
         if trainer.collector.pool is not None:
             cleanups.append(trainer.collector.pool.close)
         try:
@@ -113,6 +122,7 @@ def _build(
     checkpoint: tuple[Path, RunState] | None,
     device: torch.device,
     is_first: bool,
+    timer: PhaseTimer,
 ) -> Trainer:
     """Megatron's groups, the policy, the engine, the bridge between them, and the loop over it all, in the state of
     `checkpoint` where there is one. Collective."""
@@ -201,7 +211,7 @@ def _build(
         bucket_bytes=rollout.sync_bucket_mb * 2**20,
         threshold=rollout.canary_threshold,
     )
-    timer = PhaseTimer(around=watchdog.phase)
+    timer.probe = memory_probe(device, engine.unmapped_bytes)
     pool = None
     if engine.leads_replica:
         custom, reward = config.custom_reward_function, config.reward
@@ -209,7 +219,7 @@ def _build(
             reward.num_workers, reward.timeout_s, path=custom.path, name=custom.name, memory_gib=reward.memory_gib
         )
     collector = Collector(engine, pool, config.reward.max_failure_share, timer)
-    learner = Learner(config, policy, reference, say)
+    learner = Learner(config, policy, reference, say, timer)
     if state:
         learner.load_state_dict(state.learner)
     saver = Saver(
@@ -229,10 +239,35 @@ def _build(
         inputs.train_prompts,
         inputs.val_prompts,
         timer,
+        UpdateFlops(
+            facts,
+            recompute_of(config),
+            num_devices=layout.world_size,
+            num_chunks=layout.pp * layout.vpp,
+            peak_tflops=_peak_tflops(device, policy.dtype),
+        ),
         writer,
         saver,
         prompts_digest,
         done,
+    )
+
+
+def _peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What the device could do in bfloat16, where that is what it computes in and known."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return peak_bf16_tflops(torch.cuda.get_device_name(device))
+
+
+def _timer(config: Config, device: torch.device) -> PhaseTimer:
+    """The timer of the run's phases, which also tells the watchdog and a profiler of them."""
+    trainer, rank = config.trainer, dist.get_rank()
+    profiler = StepProfiler(as_list(trainer.profile_steps), Path(trainer.default_local_dir) / "profile", rank, device)
+    return PhaseTimer(
+        around=(watchdog.phase, partial(named_range, device=device)),
+        around_step=profiler.around_step,
+        event=cuda_event if device.type == "cuda" else None,
     )
 
 

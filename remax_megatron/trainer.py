@@ -20,9 +20,11 @@ from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset, batches
 from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
 from remax_megatron.evaluation import validate
+from remax_megatron.flops import UpdateFlops
 from remax_megatron.gauges import process_gauges
 from remax_megatron.learner import Learner
-from remax_megatron.metrics import MetricsWriter, PhaseTimer
+from remax_megatron.metrics import MetricsWriter
+from remax_megatron.phases import PhaseTimer
 from remax_megatron.rollout.bridge import Bridge, SyncReport
 from remax_megatron.rollout.collect import Collector
 from remax_megatron.types import Prompt, Rollout
@@ -39,6 +41,7 @@ class Trainer:
     train_prompts: PromptDataset
     val_prompts: PromptDataset | None
     timer: PhaseTimer
+    flops: UpdateFlops
     writer: MetricsWriter | None
     saver: Saver
     prompts_digest: str
@@ -51,7 +54,7 @@ class Trainer:
             before = self._validate(0, due=self.config.trainer.val_before_train)
             self._log(0, {"epoch": 0, **sync_metrics(sync), **before})
         for step, epoch, prompts in self._steps():
-            with self.timer.phase("step"):
+            with self.timer.step(step):
                 rollouts = self.collector.rollouts(prompts, step=step)
                 with self.timer.phase("update"):
                     learned = self.learner.learn(rollouts, f"Epoch {epoch}, Step {step}", step)
@@ -60,14 +63,14 @@ class Trainer:
             times = self.timer.pop()
             metrics = {"epoch": epoch, **rollout_metrics(rollouts, learned.rows), **update_metrics(learned.updates)}
             metrics |= learned.metrics | sync_metrics(sync) | times
-            metrics |= throughput_metrics(rollouts, learned.updates, times)
-            metrics |= process_gauges(self.learner.policy.layout.device)
+            metrics |= throughput_metrics(rollouts, learned, times, self.flops)
             validation = self._validate(step, due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
+            gauges = process_gauges(self.learner.policy.layout.device, self.timer.pop_peaks())
             self._dump(step, rollouts)
-            self._log(step, metrics | validation)
+            self._log(step, metrics | validation | gauges)
             if not self._checkpoint(step, sync, validation.get("val/accuracy")):
                 return False
-        with self.timer.phase("checkpoint"):
+        with self.timer.phase("save"):
             self.saver.finish()
         return True
 
@@ -107,7 +110,7 @@ class Trainer:
     def _checkpoint(self, step: int, sync: SyncReport, accuracy: float | None) -> bool:
         """Save when it is time to, or asked for; False when the run shall end. Its time counts to the next step."""
         trainer = self.config.trainer
-        with self.timer.phase("checkpoint"):
+        with self.timer.phase("save"):
             stop = self.saver.any_rank(self.writer is not None and Path(trainer.stop_file).exists())
             due = trainer.save_freq > 0 and (step == self.num_steps or _every(trainer.save_freq, step))
             if due or stop:

@@ -375,6 +375,7 @@ BROKEN = {
     "finite": ([f"{ACTOR}.optim.lr=nan"], ["optim.lr=nan", "greater than 0"]),
     "entropy": ([f"{ACTOR}.entropy_coeff=-0.1"], ["entropy_coeff=-0.1", "0 or greater"]),
     "test_freq": (["trainer.test_freq=-2"], ["test_freq=-2", "-1 for none"]),
+    "profiled steps": (["trainer.profile_steps=[3,0]"], ["trainer.profile_steps=[3, 0]", "[3,4]"]),
     "val samples": (["data.val_max_samples=0"], ["val_max_samples=0", "-1"]),
     "beta": ([f"{ACTOR}.optim.beta2=1.0"], ["beta2=1.0", "below 1"]),
     "clip": ([f"{ACTOR}.clip_ratio=1.5"], ["clip_ratio=1.5", "below 1"]),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from remax_megatron.config.load import load_config
 from remax_megatron.convert import hf_to_megatron
+from remax_megatron.demo.model_config import MODEL_CONFIG
 from remax_megatron.metrics import read_metrics
 from remax_megatron.types import Row
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 
 LAYOUTS = [  # ranks, tp, pp, vllm tp
     (2, 2, 1, 1),
@@ -57,6 +60,13 @@ REQUIRED_METRICS = {
     "time/update_s",
     "time/sync_s",
     "time/step_s",
+    "time/score_s",
+    "memory/rollout_peak_gib",
+    "memory/score_peak_gib",
+    "memory/update_peak_gib",
+    "memory/sync_peak_gib",
+    "perf/tflops",
+    "perf/hardware_tflops",
     "throughput/trained_tokens_per_s",
     "throughput/generated_tokens_per_s",
 }
@@ -83,9 +93,9 @@ def overrides(policy: str, run_dir: Path, tp: int, pp: int, vllm_tp: int) -> lis
 
 @pytest.fixture(scope="module")
 def first_run(torchrun, demo_policy, tmp_path_factory) -> Path:
-    """A DP 2 run of two steps whose rollouts are recorded."""
+    """A DP 2 run of two steps whose rollouts are recorded, and the second of which is profiled."""
     run_dir = tmp_path_factory.mktemp("first") / "run"
-    finished = torchrun(2, overrides(demo_policy, run_dir, 1, 1, 1))
+    finished = torchrun(2, [*overrides(demo_policy, run_dir, 1, 1, 1), "trainer.profile_steps=[2]"])
     assert finished.code == 0, finished.output
     assert "Epoch 1, Step 1: Dynamic Batch: " in finished.output
     assert "Validation Accuracy: " in finished.output
@@ -98,7 +108,7 @@ def test_a_megatron_checkpoint_trains_like_the_folder_it_came_from(torchrun, fir
     assert finished.code == 0, finished.output
 
     def measured(run_dir: Path) -> list[dict]:
-        timings = ("time/", "throughput/", "seconds", "gb_per_s", "memory/")
+        timings = ("time/", "throughput/", "perf/", "seconds", "gb_per_s", "memory/")
         records = read_metrics(run_dir / "metrics.jsonl")
         return [{k: v for k, v in record.items() if not any(t in k for t in timings)} for record in records]
 
@@ -122,6 +132,51 @@ def check_metrics(run_dir: Path, plain_advantages: bool = True) -> None:
         if plain_advantages:
             gain = record["reward/mean"] - record["baseline/mean"]
             assert record["advantage/mean"] == pytest.approx(gain)
+
+
+def test_flops_are_those_of_the_recorded_rollouts_and_peaks_are_above_what_is_held(first_run):
+    sizes = MODEL_CONFIG
+    hidden, ffn, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
+    keys = hidden * sizes["num_key_value_heads"] // sizes["num_attention_heads"]
+    per_layer = hidden * (2 * hidden + 2 * keys + 3 * ffn)
+    _, *steps = read_metrics(first_run / "metrics.jsonl")
+    for record in steps:
+        by_hand = 0
+        for line in (first_run / "rollouts" / f"{record['step']}.jsonl").read_text().splitlines():
+            rollout = json.loads(line)
+            for sample in rollout["samples"]:
+                answer = len(sample["token_ids"])
+                row = len(rollout["prompt"]["token_ids"]) + answer
+                by_hand += 6 * layers * (per_layer * row + hidden * row**2)
+                by_hand += 6 * hidden * sizes["vocab_size"] * answer
+        update_s = record["time/update_s"] - record["time/score_s"]
+        assert record["perf/tflops"] == pytest.approx(by_hand / update_s / 2 / 1e12, rel=0.01)  # 2 ranks
+        assert "perf/mfu" not in record  # of a CPU
+        peaks = {key: value for key, value in record.items() if key.endswith("_peak_gib")}
+        assert all(0.1 < peak < 8 for peak in peaks.values()), peaks
+        assert peaks["memory/score_peak_gib"] <= peaks["memory/update_peak_gib"] <= peaks["memory/step_peak_gib"]
+    assert "memory/save_peak_gib" in steps[1]  # that of step 1, whose record was written before
+
+
+def test_every_time_speed_and_memory_is_documented(first_run):
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    phases = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `")))
+    for record in read_metrics(first_run / "metrics.jsonl"):
+        for key in record:
+            if key.startswith(("time/", "perf/", "memory/")) and f"`{key}`" not in page:
+                phase, general = re.fullmatch(r"(?:time|memory)/([a-z]+)(_.+)", key).groups()
+                assert phase in phases and f"/PHASE{general}`" in page, key
+
+
+def test_a_profiled_step_leaves_a_trace_of_its_phases_on_each_rank(first_run):
+    profile = first_run / "profile"
+    assert sorted(str(p.relative_to(profile)) for p in profile.rglob("*.gz")) == [
+        "step-2/rank-0.json.gz",
+        "step-2/rank-1.json.gz",
+    ]
+    events = json.loads(gzip.decompress((profile / "step-2" / "rank-1.json.gz").read_bytes()))["traceEvents"]
+    names = [event["name"] for event in events]
+    assert all(names.count(phase) == 1 for phase in ("step", "rollout", "reward", "update", "sync"))
 
 
 @pytest.mark.parametrize(("ranks", "tp", "pp", "vllm_tp"), [case for case in LAYOUTS if case != (2, 1, 1, 1)])

@@ -51,13 +51,14 @@ def gauges_worker(payload):
 
     device = init_distributed("cpu", 60)
     held = [os.open(os.devnull, os.O_RDONLY) for _ in range(100 * int(os.environ["RANK"]))]
-    return process_gauges(device), num_open_files("self"), len(held)
+    return process_gauges(device, {"memory/mine": float(os.environ["RANK"])}), num_open_files("self"), len(held)
 
 
 def test_gauges_are_the_largest_of_all_ranks():
     (first, files_0, _), (second, files_1, held) = run_ranks("tests.test_gauges:gauges_worker", 2, preload=())
     assert first == second and held == 100
     assert first["memory/open_files_max"] == files_1 > files_0
+    assert first["memory/mine"] == 1.0
     assert first["memory/threads_max"] >= 1 and first["memory/rss_max_gib"] > 0.05
 
 

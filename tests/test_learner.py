@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from remax_megatron.config.load import load_config
+from remax_megatron.flops import RowGroup
 from remax_megatron.learner import Learner
 from remax_megatron.types import Completion, Prompt, Rollout, Row
 
@@ -64,6 +65,7 @@ def test_rows_without_advantage_are_left_out_but_counted() -> None:
     # 8 response tokens in the batch, so every token weighs 1/8 although only 3 of them are trained.
     assert policy.updates == [[(10, 1 / 8, None), (12, 1 / 8, None)]]
     assert policy.scored == reference.scored == []  # one update: every ratio is 1
+    assert learned.packed == [RowGroup(2, [2]), RowGroup(1, [1])]  # what is left out is not computed
     # Rows of 4, 6, 2 and 2 tokens, of which 6 are trained.
     assert learned.metrics == {
         "batch/left_out_token_share": pytest.approx(8 / 14),
@@ -97,10 +99,11 @@ def test_an_update_of_nothing_is_left_out_and_said() -> None:
 
 
 def test_several_updates_keep_the_logprobs_from_before_the_first() -> None:
-    _, policy, _, _ = learn(f"{ACTOR}.ppo_mini_batch_size=1", f"{ACTOR}.ppo_epochs=2")
+    learned, policy, _, _ = learn(f"{ACTOR}.ppo_mini_batch_size=1", f"{ACTOR}.ppo_epochs=2")
     # Weights count each mini-batch: 6 and 2 response tokens. Only the trained rows are scored, once.
     first, second = [(10, 1 / 6, [-1.0, -1.0])], [(12, 1 / 2, [-1.2])]
     assert policy.updates == [first, second, first, second]
+    assert learned.packed == [RowGroup(2, [2]), RowGroup(1, [1])] * 2  # once per pass
     assert [[row.response_ids[0] for row in rows] for rows in policy.scored] == [[10, 12]]
 
 

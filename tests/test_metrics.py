@@ -1,4 +1,4 @@
-"""Metrics: every writer with the real library, the console's words, the timer, and the picture."""
+"""Metrics: every writer with the real library, the console's words, and the picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from remax_megatron import plots
-from remax_megatron.metrics import MetricsWriter, PhaseTimer, console_lines, read_metrics, truncate_metrics
+from remax_megatron.metrics import MetricsWriter, console_lines, read_metrics, truncate_metrics
 
 STEP = {
     "epoch": 1,
@@ -121,18 +121,6 @@ def test_loggers_are_imported_only_when_asked_for() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout == "[]\n"
-
-
-def test_phase_timer() -> None:
-    ticks = iter([0.0, 1.0, 3.0, 10.0, 14.0, 20.0])  # step 0 .. 20: rollout 1 .. 3, and 10 .. 14
-    timer = PhaseTimer(clock=lambda: next(ticks))
-    with timer.phase("step"):
-        with timer.phase("rollout"):
-            pass
-        with pytest.raises(RuntimeError), timer.phase("rollout"):
-            raise RuntimeError
-    assert timer.pop() == {"time/rollout_s": 6.0, "time/step_s": 20.0}
-    assert timer.pop() == {}
 
 
 def run_of(path: Path, steps: int) -> Path:

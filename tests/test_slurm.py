@@ -297,7 +297,7 @@ def training(policy: str, run_dir: Path, ranks_per_node: int, reward: str = REWA
 
 def measured(run_dir: Path) -> list[dict]:
     """Every step's metrics but the timings."""
-    timings = ("time/", "throughput/", "seconds", "gb_per_s", "memory/")
+    timings = ("time/", "throughput/", "perf/", "seconds", "gb_per_s", "memory/")
     records = read_metrics(run_dir / "metrics.jsonl")
     return [{k: v for k, v in record.items() if not any(t in k for t in timings)} for record in records]
 

@@ -88,10 +88,13 @@ def test_rollout_metrics_by_hand() -> None:
 
 
 def test_throughput_by_hand() -> None:
-    times = {"time/update_s": 2.0, "time/rollout_s": 4.0}
-    assert throughput_metrics(ROLLOUTS, [SimpleNamespace(num_tokens=30)], times) == {
+    times = {"time/update_s": 2.0, "time/score_s": 1.5, "time/rollout_s": 4.0}
+    learned = SimpleNamespace(updates=[SimpleNamespace(num_tokens=30)], packed=["rows"])
+    flops = SimpleNamespace(metrics=lambda packed, seconds: {"perf/tflops": len(packed) / seconds})
+    assert throughput_metrics(ROLLOUTS, learned, times, flops) == {
         "throughput/trained_tokens_per_s": 15.0,  # 30 / 2
         "throughput/generated_tokens_per_s": 7.0,  # (20 sampled + 8 greedy) / 4
+        "perf/tflops": 2.0,  # 1 / (2 - 1.5): the scoring passes are in neither number
     }
 
 

@@ -28,10 +28,10 @@ def stuck(rank: int, reached: Callable[[], None]) -> None:
     import torch
     import torch.distributed as dist
 
-    from remax_megatron.metrics import PhaseTimer
     from remax_megatron.parallel import watchdog
+    from remax_megatron.phases import PhaseTimer
 
-    timer = PhaseTimer(around=watchdog.phase)
+    timer = PhaseTimer(around=(watchdog.phase,))
     with timer.phase("step"), timer.phase("update"):
         for number in range(3):
             watchdog.beat(f"micro-batch {number + 1} of 3")

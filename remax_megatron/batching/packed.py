@@ -15,6 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from remax_megatron.flops import RowGroup
 from remax_megatron.types import Row
 
 LONGEST_PADDING_ROW = 1024  # tokens, in a micro-batch without rows; else the longest row: attention costs their square
@@ -52,6 +53,12 @@ class PackedBatch:
 def prompt_groups(rows: Sequence[Row], indices: Sequence[int]) -> list[list[int]]:
     """`indices` cut where the prompt changes: the rows that can share one copy of it."""
     return [list(group) for _, group in groupby(indices, key=lambda i: rows[i].prompt_ids)]
+
+
+def row_groups(rows: Sequence[Row], indices: Sequence[int], share_prompts: bool) -> list[RowGroup]:
+    """The sizes of a micro-batch of `indices`."""
+    groups = prompt_groups(rows, indices) if share_prompts else [[i] for i in indices]
+    return [RowGroup(len(rows[group[0]].prompt_ids), [len(rows[i].response_ids) for i in group]) for group in groups]
 
 
 def num_shared_tokens(rows: Sequence[Row], group: Sequence[int]) -> int:

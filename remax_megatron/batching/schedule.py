@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.flops import ForwardFlops
 
 # Schedule[dp_rank][micro_batch] = row numbers
 Schedule = list[list[list[int]]]
@@ -58,19 +59,12 @@ class _Rows(NamedTuple):
 
 
 def row_cost(facts: ModelFacts) -> RowCost:
-    """Floating-point operations of forward and backward for a row of l tokens, alone in its attention segment.
-
-    A matrix of n weights costs 2n per token forward and 4n backward (gradients of input and weight): 6n. Per layer n
-    is hidden * (2 * heads + 2 * kv_heads) * head_dim for query, output, key and value, and 3 * hidden * ffn for the
-    gated MLP; the head adds hidden * vocab, tied or not. Causal attention multiplies l^2 / 2 query-key pairs, twice
-    (scores, values), at 2 operations per pair and element of heads * head_dim: 2 * heads * head_dim * l^2 forward,
-    twice that backward, 6 in all. Not counted: what is recomputed, norms, softmax, and the embedding, a look-up.
+    """Floating-point operations of forward and backward (3 x the forward pass of flops.py) for a row of l tokens, alone
+    in its attention segment. The head is counted at every token: how many are scored is not known here.
     """
-    attention = facts.num_attention_heads * facts.head_dim
-    key_value = facts.num_key_value_heads * facts.head_dim
-    layer = facts.hidden_size * (2 * attention + 2 * key_value + 3 * facts.ffn_hidden_size)
-    weights = facts.num_layers * layer + facts.hidden_size * facts.vocab_size
-    return RowCost(linear=6 * weights, quadratic=6 * facts.num_layers * attention)
+    forward = ForwardFlops.of(facts)
+    per_token = forward.num_layers * (forward.projections + forward.mlp) + forward.head
+    return RowCost(linear=3 * per_token, quadratic=3 * forward.num_layers * forward.attention)
 
 
 def schedule_by_tokens(

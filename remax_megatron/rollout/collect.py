@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from remax_megatron.metrics import PhaseTimer
+from remax_megatron.phases import PhaseTimer
 from remax_megatron.rewards.pool import RewardPool, check_failures
 from remax_megatron.rewards.worker import ScoreRequest, ScoreResult
 from remax_megatron.rollout.engine import Engine
