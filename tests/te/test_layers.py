@@ -89,6 +89,12 @@ def test_gradients_are_those_of_the_local_layers(world, folder, alone):
         assert difference <= 5e-6, (case, difference)
 
 
+def forget_attention() -> None:
+    """Megatron notes its first model's kind of attention, and refuses another one in the same process."""
+    for name in ("FLASH", "FUSED", "UNFUSED"):
+        os.environ.pop(f"NVTE_{name}_ATTN", None)
+
+
 def bfloat16_worker(folder: str):
     """{kind of layers: (log-probabilities, gradient, calls of the fused attention forward and backward)}, and in
     float32 on local layers; then what is said of shared prompts."""
@@ -119,8 +125,7 @@ def bfloat16_worker(folder: str):
         actor.ppo_max_token_len_per_gpu, actor.share_prompts = 160, shared
         actor.megatron.use_distributed_optimizer, actor.optim.clip_grad = False, 0.0
         layout = init_model_parallel(device, tp=1, pp=1, vpp=None, seed=1)
-        for name in ("FLASH", "FUSED", "UNFUSED"):  # Megatron sets them, and refuses another attention afterwards
-            os.environ.pop(f"NVTE_{name}_ATTN", None)
+        forget_attention()
         return Policy(facts, layout, actor, model_folder=folder, temperature=1.0)
 
     found = {}
