@@ -32,9 +32,10 @@ from remax_megatron.model.mapped import MappedFiles
 from remax_megatron.model.torch_dist import TorchDist
 from remax_megatron.types import Row
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import LAYERS, make_qwen2
 
 VOCAB = 211
+PRELOAD = ("remax_megatron.policy.policy", "remax_megatron.checkpoint.saver")
 LAYOUTS = {  # name -> (ranks, tp, pp, vpp, dtype, distributed optimizer)
     "dp2": (2, 1, 1, None, "float32", True),
     "tp2": (2, 2, 1, None, "float32", True),
@@ -64,20 +65,26 @@ def state(step: int, accuracy: float | None = None) -> RunState:
 
 
 def worker(payload) -> list[tuple[float, float]]:
+    from remax_megatron.parallel.layout import init_distributed
+
+    return train(payload, init_distributed("cpu", 100))
+
+
+def train(payload, device, layers: str = LAYERS) -> list[tuple[float, float]]:
     """Load `start` (a model, or a checkpoint with its number of updates), update, save to `root`; losses and norms."""
     from remax_megatron.algorithm.aggregation import weigh_rows
     from remax_megatron.checkpoint.saver import Saver
     from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
-    from remax_megatron.parallel.layout import init_distributed, init_model_parallel
+    from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.training_state import TrainingState
 
     _, tp, pp, vpp, dtype, distributed = LAYOUTS[payload["layout"]]
-    device = init_distributed("cpu", 100)
     layout = init_model_parallel(device, tp=tp, pp=pp, vpp=vpp, seed=1)
     actor = Actor()
     actor.megatron.dtype, actor.megatron.sequence_parallel = dtype, tp > 1
+    actor.megatron.layers = layers
     actor.megatron.virtual_pipeline_model_parallel_size = vpp
     actor.megatron.use_distributed_optimizer = distributed
     actor.ppo_max_token_len_per_gpu, actor.optim.lr = 64, 1e-3
@@ -104,8 +111,7 @@ def worker(payload) -> list[tuple[float, float]]:
 def run(layout: str, model: str, root: Path, start: str | None = None, done: int = 0, until: int = 2, background=False):
     payload = {"layout": layout, "model": model, "start": str(start or model), "root": str(root), "done": done}
     payload |= {"until": until, "background": background}
-    preload = ("remax_megatron.policy.policy", "remax_megatron.checkpoint.saver")
-    return run_ranks("tests.test_checkpoint:worker", LAYOUTS[layout][0], payload, 120, preload)[0]
+    return run_ranks("tests.test_checkpoint:worker", LAYOUTS[layout][0], payload, 120, PRELOAD)[0]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -174,7 +180,7 @@ def megatron_worker(payload) -> float:
     device = init_distributed("cpu", 100)
     layout = init_model_parallel(device, tp=2, pp=1, vpp=None, seed=1)
     actor = Actor()
-    actor.megatron.dtype = "float32"
+    actor.megatron.dtype, actor.megatron.layers = "float32", LAYERS
     facts = ModelFacts.from_folder(payload["model"])
 
     def policy(folder: str) -> Policy:
@@ -303,7 +309,7 @@ def filling_worker(payload) -> list[str]:
     device = init_distributed("cpu", 100)
     layout = init_model_parallel(device, tp=1, pp=1, vpp=None, seed=1)
     actor, facts = Actor(), ModelFacts.from_folder(payload["model"])
-    actor.megatron.dtype = "float32"
+    actor.megatron.dtype, actor.megatron.layers = "float32", LAYERS
     policy = Policy(facts, layout, actor, model_folder=payload["model"], temperature=1.0)
     module.ROOM_FOR_INDEX = 0  # a small disk and a small model
     saver = module.Saver(payload["root"], TrainingState(policy), layout, {}, keep=9, in_background=False, say=print)
@@ -325,8 +331,7 @@ def filling_worker(payload) -> list[str]:
 
 def test_a_full_disk_is_said_and_harms_nothing(model, small_disk):
     root = small_disk / "checkpoints"
-    preload = ("remax_megatron.policy.policy", "remax_megatron.checkpoint.saver")
-    said = run_ranks("tests.test_checkpoint:filling_worker", 2, {"model": model, "root": str(root)}, 120, preload)
+    said = run_ranks("tests.test_checkpoint:filling_worker", 2, {"model": model, "root": str(root)}, 120, PRELOAD)
     assert said[0] == said[1]
     before, during = said[0]
     assert "GB free, and a checkpoint needs" in before and "trainer.max_ckpt_to_keep" in before
