@@ -81,6 +81,8 @@ def _launch(folder: Path) -> None:
     """Fork the ranks and wait for them; at the first failure, note the rank in the file `failed` and exit."""
     function, payload, world_size, preload = pickle.loads((folder / "task").read_bytes())
     module, name = function.split(":")
+    if os.environ.get("REMAX_TEST_LAYERS") == "transformer_engine":  # see tests/small_models.py
+        importlib.import_module("tests.stand_ins.te_cpu.installed")
     for needed in preload:
         importlib.import_module(needed)
     call = getattr(importlib.import_module(module), name)

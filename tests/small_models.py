@@ -1,10 +1,14 @@
-"""Small Qwen2 folders with random weights, made by transformers."""
+"""Small Qwen2 folders with random weights, made by transformers, and the layers that tests run them on."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
+
+# actor.megatron.layers in every test that builds a policy; `make test-te` runs them on Transformer Engine's.
+LAYERS = os.environ.get("REMAX_TEST_LAYERS", "auto")
 
 
 def make_qwen2(

@@ -32,7 +32,7 @@ from remax_megatron.model.mapped import MappedFiles
 from remax_megatron.model.torch_dist import TorchDist
 from remax_megatron.types import Row
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import LAYERS, make_qwen2
 
 VOCAB = 211
 LAYOUTS = {  # name -> (ranks, tp, pp, vpp, dtype, distributed optimizer)
@@ -78,6 +78,7 @@ def worker(payload) -> list[tuple[float, float]]:
     layout = init_model_parallel(device, tp=tp, pp=pp, vpp=vpp, seed=1)
     actor = Actor()
     actor.megatron.dtype, actor.megatron.sequence_parallel = dtype, tp > 1
+    actor.megatron.layers = LAYERS
     actor.megatron.virtual_pipeline_model_parallel_size = vpp
     actor.megatron.use_distributed_optimizer = distributed
     actor.ppo_max_token_len_per_gpu, actor.optim.lr = 64, 1e-3
@@ -174,7 +175,7 @@ def megatron_worker(payload) -> float:
     device = init_distributed("cpu", 100)
     layout = init_model_parallel(device, tp=2, pp=1, vpp=None, seed=1)
     actor = Actor()
-    actor.megatron.dtype = "float32"
+    actor.megatron.dtype, actor.megatron.layers = "float32", LAYERS
     facts = ModelFacts.from_folder(payload["model"])
 
     def policy(folder: str) -> Policy:
@@ -298,7 +299,7 @@ def filling_worker(payload) -> list[str]:
     device = init_distributed("cpu", 100)
     layout = init_model_parallel(device, tp=1, pp=1, vpp=None, seed=1)
     actor, facts = Actor(), ModelFacts.from_folder(payload["model"])
-    actor.megatron.dtype = "float32"
+    actor.megatron.dtype, actor.megatron.layers = "float32", LAYERS
     policy = Policy(facts, layout, actor, model_folder=payload["model"], temperature=1.0)
     module.ROOM_FOR_INDEX = 0  # a small disk and a small model
     saver = module.Saver(payload["root"], TrainingState(policy), layout, {}, keep=9, in_background=False, say=print)

@@ -22,7 +22,7 @@ from remax_megatron.convert.megatron_to_hf import convert as megatron_to_hf
 from remax_megatron.model.hf_folder import INDEX, HfWeights
 from remax_megatron.model.megatron_folder import TRACKER
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import LAYERS, make_qwen2
 
 TOKENS = [5, 91, 3, 210, 17, 1023, 44, 2, 680, 1, 999, 31]
 PRELOAD = ("remax_megatron.model.qwen2", "remax_megatron.model.weights", "megatron.core.dist_checkpointing")
@@ -106,19 +106,20 @@ def build(hf: Path, layout, dtype: torch.dtype) -> torch.nn.Module:
     """This rank's part of the model, every parameter not a number until it is loaded."""
     from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Recompute
+    from remax_megatron.model.layers import choose_layers
     from remax_megatron.model.qwen2 import build_chunks, transformer_config
 
-    facts = ModelFacts.from_folder(hf)
+    facts, layers = ModelFacts.from_folder(hf), choose_layers(LAYERS, layout.device, dtype)
     config = transformer_config(
         facts,
         layout,
         dtype=dtype,
         sequence_parallel=False,
-        layers="local",
+        layers=layers,
         attention_backend="sdpa",
         recompute=Recompute(),
     )
-    (chunk,) = build_chunks(facts, config, layout, "local", "sdpa")
+    (chunk,) = build_chunks(facts, config, layout, layers, "sdpa")
     with torch.no_grad():
         for parameter in chunk.parameters():
             parameter.fill_(float("nan"))
@@ -134,7 +135,9 @@ def logits_of(chunk: torch.nn.Module, layout, vocab: int) -> torch.Tensor | None
 
     count = len(TOKENS)
     ends = torch.tensor([0, count], dtype=torch.int32)
-    packed = packed_rows([(count, [])], ends, count, shares_prompts=False, fused_rotation=False)
+    packed = packed_rows(
+        [(count, [])], ends, count, shares_prompts=False, fused_rotation=chunk.config.apply_rope_fusion
+    )
     stages = dist.get_process_group_ranks(layout.pp_group)
     if layout.pp_rank > 0:
         received = torch.empty(count, 1, chunk.config.hidden_size)

@@ -12,7 +12,7 @@ from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.config.schema import Recompute
 from remax_megatron.types import Row
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import LAYERS, make_qwen2
 
 VOCAB = 211
 LAYOUTS = {  # ranks -> (dp, tp, pp)
@@ -49,7 +49,7 @@ def recorded_rows() -> list[Row]:
     return rows
 
 
-def build(folder: str, device, *, tp: int, pp: int, how: tuple):
+def build(folder: str, device, *, tp: int, pp: int, how: tuple, layers: str = LAYERS):
     from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
     from remax_megatron.parallel.layout import init_model_parallel
@@ -58,6 +58,7 @@ def build(folder: str, device, *, tp: int, pp: int, how: tuple):
     share, _, budget, recompute = how
     actor = Actor()
     actor.megatron.dtype, actor.megatron.sequence_parallel = "float32", tp > 1
+    actor.megatron.layers = layers
     actor.megatron.use_distributed_optimizer = False  # so that every rank ends with whole gradients
     actor.optim.clip_grad = 0.0
     actor.share_prompts = share
@@ -71,8 +72,11 @@ def build(folder: str, device, *, tp: int, pp: int, how: tuple):
 
 def gradients(policy) -> dict[str, torch.Tensor]:
     """The gradient of the last update under Hugging Face names, in float64."""
+    from remax_megatron.model.weights import table_parameters
+
     stream = policy.weight_stream(torch.float32, 2**20)
-    stream._parameters = [{n: p.main_grad for n, p in chunk.named_parameters()} for chunk in policy.bare_chunks]
+    chunks = [table_parameters(chunk) for chunk in policy.bare_chunks]
+    stream._parameters = [{name: p.main_grad for name, p in chunk.items()} for chunk in chunks]
     return {name: tensor.double().clone() for name, tensor in stream}
 
 

@@ -23,7 +23,7 @@ from remax_megatron.guards import (
 )
 from remax_megatron.types import Completion, Prompt, Rollout, Row
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import LAYERS, make_qwen2
 
 VOCAB = 211
 NAN, INF = math.nan, math.inf
@@ -83,6 +83,7 @@ def build(folder: str, device, layout: tuple, actor=None):
     tp, pp, vpp, distributed_optimizer, dtype = layout
     actor = actor or Actor()
     actor.megatron.dtype, actor.megatron.use_distributed_optimizer = dtype, distributed_optimizer
+    actor.megatron.layers = LAYERS
     actor.ppo_max_token_len_per_gpu, actor.optim.lr = 64, 1e-3
     ranks = init_model_parallel(device, tp=tp, pp=pp, vpp=vpp, seed=1)
     return Policy(ModelFacts.from_folder(folder), ranks, actor, model_folder=folder, temperature=1.0)

@@ -11,7 +11,7 @@ import torch
 from remax_megatron.config.schema import Recompute
 from remax_megatron.types import Row
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import LAYERS, make_qwen2
 
 VOCAB = 211  # padded to 256 (TP 1, 2) and 512 (TP 4)
 LAYOUTS = {  # ranks -> (tp, pp, vpp, sequence parallel)
@@ -41,6 +41,7 @@ def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_bat
     tp, pp, vpp, sequence_parallel = layout
     actor = Actor()
     actor.megatron.dtype = "float32"
+    actor.megatron.layers = LAYERS
     actor.megatron.sequence_parallel = sequence_parallel
     actor.megatron.logprob_chunk_size = 37
     actor.ppo_max_token_len_per_gpu = budget

@@ -11,7 +11,7 @@ from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.algorithm.kl import full_kl, token_kl
 from remax_megatron.types import Row
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import LAYERS, make_qwen2
 
 VOCAB, TEMPERATURE, COEF = 211, 0.8, 0.5
 LAYOUTS = {1: [(1, 1)], 2: [(2, 1), (1, 2), (1, 1)]}  # ranks -> (tp, pp)
@@ -47,6 +47,7 @@ def worker(payload):
         facts = ModelFacts.from_folder(payload["policy"])
         actor = Actor()
         actor.megatron.dtype, actor.megatron.sequence_parallel = "float32", tp > 1
+        actor.megatron.layers = LAYERS
         actor.megatron.use_distributed_optimizer, actor.optim.clip_grad, actor.optim.lr = False, 0.0, 1e-12
         actor.ppo_max_token_len_per_gpu, actor.share_prompts = 40, True
         actor.use_kl_loss, actor.kl_loss_coef = True, COEF

@@ -101,7 +101,6 @@ def transformer_config_overrides() -> dict:
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
 
