@@ -154,7 +154,7 @@ class Recorder(TorchDispatchMode):
                 self.sync("item")
             elif getattr(args[0], "constant", None) is not None:
                 return func(*args, **kwargs)
-            return self.read(args[0].shape, args[0].dtype)
+            return self.read(torch.Size(()), args[0].dtype)
         elif func in (aten._to_copy.default, aten.copy_.default):
             self._note_copy(func, args, kwargs)
         elif func is aten._pin_memory.default:
