@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from remax_megatron.config.model_facts import ModelFacts
+import re
+
+from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
 
 FACTS = {
     # layers, hidden, ffn, heads, key-value heads, head_dim, vocabulary, tied, positions
@@ -15,3 +17,10 @@ FACTS = {
     "14b": ModelFacts(48, 5120, 13824, 40, 8, 128, 152064, False, 32768),
     "32b": ModelFacts(64, 5120, 27648, 40, 8, 128, 152064, False, 32768),
 }
+
+
+def facts_of(model_path: str) -> ModelFacts:
+    """Facts of `actor_rollout_ref.model.path`: those above for Qwen/Qwen2.5-*, else as the trainer finds them."""
+    size = re.search(r"/Qwen2\.5-([\d.]+b)", model_path, re.IGNORECASE)
+    known = FACTS.get(size[1].lower()) if size else None
+    return known or resolve_model_facts(model_path)

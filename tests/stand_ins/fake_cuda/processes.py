@@ -12,6 +12,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ def _parent(transformer_engine: bool) -> ProcessPoolExecutor:
 
 
 def _import_all(transformer_engine: bool) -> None:
+    warnings.simplefilter("ignore")  # Megatron names the optional packages that are not there
     import torch._dynamo.config  # it looks at torch's functions, before any of them is replaced
 
     from tests.stand_ins.fake_cuda import kernels

@@ -35,6 +35,7 @@ from remax_megatron.parallel import watchdog
 from remax_megatron.parallel.layout import init_distributed
 from remax_megatron.policy import training_state
 from remax_megatron.policy.policy import Policy
+from remax_megatron.policy.training_state import TrainingState
 from remax_megatron.rollout import collect, engine
 from remax_megatron.trainer import Trainer
 from remax_megatron.types import Completion, Prompt, Rollout, Row
@@ -66,10 +67,15 @@ class Rank:
         weigh_rows(rows, "token-mean")
         return rows
 
+    def make_optimizer_state(self) -> None:
+        """Adam's moments, which are otherwise made by the first step."""
+        with self.recorder.phase("optimizer state"):
+            for owned, _ in (state := TrainingState(self.policy))._owned():
+                state._optimizer_state(owned)
+
 
 def play(job: Job) -> Report:
     """Build the rank, act, report. In a process that is thrown away afterwards."""
-    warnings.simplefilter("ignore")
     os.environ["TQDM_DISABLE"] = "1"
     recorder = become_cuda(job.rank, job.world_size)
     kernels.record_into(recorder)
@@ -103,25 +109,24 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     run.side_files = lambda *args: {}
     run.model_folder = lambda folder: folder
     watchdog.phase = recorder.phase
-    for owner, name in ((Policy, "logprobs"), (Policy, "_step"), (Policy, "release_training_memory")):
-        _in_phase(recorder, owner, name, {"logprobs": "score", "_step": "optimizer"}.get(name, "release"))
+    Policy._step = _in_phase_of_its_own(recorder, Policy._step)
     # Row numbers are computed with, not only shaped.
     training_state.shard_runs = _without_modes(training_state.shard_runs)
     _teach(recorder, job)
-    prompts = [Prompt(i, _tokens(job.lengths[0][0], i, job.facts), "fake", "") for i in range(config.data.train_batch_size)]
+    prompts = [
+        Prompt(i, _tokens(job.lengths[0][0], i, job.facts), "fake", "") for i in range(config.data.train_batch_size)
+    ]
     inputs = Inputs("fake", None, [], PromptDataset(prompts, len(prompts)), None)
     return run._build(config, job.facts, inputs, "", None, device, job.rank == 0)
 
 
-def _in_phase(recorder: Recorder, owner: type, name: str, phase: str) -> None:
-    real = getattr(owner, name)
+def _in_phase_of_its_own(recorder: Recorder, step: Callable) -> Callable:
+    @functools.wraps(step)
+    def call(*args: Any) -> Any:
+        with recorder.phase(recorder.phase_name.replace("update", "optimizer")):
+            return step(*args)
 
-    @functools.wraps(real)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with recorder.phase(phase):
-            return real(*args, **kwargs)
-
-    setattr(owner, name, call)
+    return call
 
 
 def _without_modes(function: Callable) -> Callable:
@@ -153,8 +158,8 @@ def _teach(recorder: Recorder, job: Job) -> None:
         return [total // shape[0]] * (shape[0] - 1) + [total - total // shape[0] * (shape[0] - 1)]
 
     recorder.answers["p2p_communication.py", "_communicate_shapes"] = [total // multiple, 1, job.facts.hidden_size]
-    recorder.answers["rope_utils.py", "_apply_rotary_pos_emb_thd"] = (
-        lambda frame, shape: row_lengths(frame, shape) if shape else 0 if "has_packed_freqs" in frame.f_locals else total
+    recorder.answers["rope_utils.py", "_apply_rotary_pos_emb_thd"] = lambda frame, shape: (
+        row_lengths(frame, shape) if shape else 0 if "has_packed_freqs" in frame.f_locals else total
     )
 
 
