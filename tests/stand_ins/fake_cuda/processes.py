@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import multiprocessing
 import os
 import warnings
@@ -83,7 +84,8 @@ def _parent(transformer_engine: bool) -> ProcessPoolExecutor:
 
 
 def _import_all(transformer_engine: bool) -> None:
-    warnings.simplefilter("ignore")  # Megatron names the optional packages that are not there
+    warnings.simplefilter("ignore")  # about optional packages that are not there
+    logging.disable(logging.WARNING)
     import torch._dynamo.config  # it looks at torch's functions, before any of them is replaced
 
     from tests.stand_ins.fake_cuda import kernels

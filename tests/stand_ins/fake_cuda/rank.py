@@ -102,6 +102,7 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     device = init_distributed("cuda", 600)
     dist.all_gather_object = functools.partial(_gather, dist.all_gather_object, config)
     weights.open_weights = lambda folder, facts: _Weights(facts)
+    _Engine.lengths = job.lengths
     engine.Engine = _Engine
     collect.Collector = _Collector
     run.RewardPool = lambda *args, **kwargs: None
