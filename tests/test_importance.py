@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 import torch
 
-from remax_megatron.algorithm.importance import ImportanceStats, importance_weights
+from remax_megatron.algorithm.importance import SUMS, ImportanceStats, importance_weights
 from remax_megatron.errors import UserError
 
 LENGTHS = [2, 0, 3]
@@ -18,7 +16,13 @@ ROLLOUT_R = torch.tensor([-0.5, -3.0, -1.0, -0.2, -0.1])
 
 def weights(level: str, threshold: float, lengths: list[int] = LENGTHS) -> tuple[torch.Tensor, ImportanceStats]:
     logprob_R = (ROLLOUT_R + RATIO_R.log()).requires_grad_()
-    return importance_weights(logprob_R, ROLLOUT_R, lengths, level=level, threshold=threshold)
+    return with_stats(importance_weights(logprob_R, ROLLOUT_R, lengths, level=level, threshold=threshold))
+
+
+def with_stats(found: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ImportanceStats]:
+    weight_R, sums, largest = found
+    assert sums.dtype == largest.dtype == torch.float64
+    return weight_R, ImportanceStats(**dict(zip(SUMS, sums.tolist(), strict=True)), largest=float(largest))
 
 
 def test_token_level() -> None:
@@ -56,7 +60,8 @@ def test_sequence_level() -> None:
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_no_mismatch_is_a_weight_of_one(level: str) -> None:
-    weight_R, stats = importance_weights(ROLLOUT_R, ROLLOUT_R.clone(), LENGTHS, level=level, threshold=1.0)
+    found = importance_weights(ROLLOUT_R, ROLLOUT_R.clone(), LENGTHS, level=level, threshold=1.0)
+    weight_R, stats = with_stats(found)
     assert torch.equal(weight_R, torch.ones(5))
     assert list(stats.metrics().values()) == [1.0, 1.0, 0.0, 1.0]  # a weight at the threshold is not cut
 
@@ -66,11 +71,10 @@ def test_statistics_of_parts_are_those_of_the_whole(level: str) -> None:
     whole = weights(level, 1.25)[1]
     cut = [(slice(0, 2), [2]), (slice(2, 2), [0]), (slice(2, 5), [3])]
     parts = [
-        importance_weights((ROLLOUT_R + RATIO_R.log())[p], ROLLOUT_R[p], n, level=level, threshold=1.25)[1]
+        with_stats(importance_weights((ROLLOUT_R + RATIO_R.log())[p], ROLLOUT_R[p], n, level=level, threshold=1.25))[1]
         for p, n in cut
     ]
-    sums = [field.name for field in fields(ImportanceStats) if field.name != "largest"]
-    assert {name: sum(getattr(part, name) for part in parts) for name in sums} == {n: getattr(whole, n) for n in sums}
+    assert {name: sum(getattr(part, name) for part in parts) for name in SUMS} == {n: getattr(whole, n) for n in SUMS}
     assert max(part.largest for part in parts) == whole.largest
     assert parts[1] == ImportanceStats() and parts[1].metrics() == {}  # a micro-batch without a token
 
@@ -79,7 +83,7 @@ def test_an_extreme_ratio_stays_finite() -> None:
     logprob_R, rollout_R = torch.tensor([0.0, -300.0]), torch.tensor([-300.0, 0.0])
     for lengths in ([1, 1], [2]):
         for level in ("token", "sequence"):
-            weight_R, stats = importance_weights(logprob_R, rollout_R, lengths, level=level, threshold=2.0)
+            weight_R, stats = with_stats(importance_weights(logprob_R, rollout_R, lengths, level=level, threshold=2.0))
             assert weight_R.isfinite().all() and weight_R.max() <= 2.0
             assert stats.largest <= 4.86e8  # exp(20)
 

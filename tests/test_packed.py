@@ -37,6 +37,17 @@ def test_every_tensor_of_an_example() -> None:
     expect(batch.old_logprob_R, [-0.41, -0.11, -0.21, -0.31], torch.float32)
 
 
+def test_tensors_of_one_type_share_memory_and_start_aligned() -> None:
+    batch = pack(ROWS, [2, 0], pad_to=4, pad_limit=100)
+    assert batch.old_logprob_R is not None
+    whole = [batch.tokens_T, batch.positions_T, batch.position_R, batch.target_R]
+    real = [batch.advantage_R, batch.rollout_logprob_R, batch.weight_R, batch.old_logprob_R]
+    for tensors in (whole, real):
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+        # 64 bytes or more: the address of no tensor differs from another's by less than a GPU's vector loads.
+        assert all(tensor.storage_offset() % 16 == 0 for tensor in tensors)
+
+
 def test_no_padding_row_when_the_length_is_a_multiple() -> None:
     batch = pack(ROWS, [2, 0], pad_to=3, pad_limit=100)
     expect(batch.cu_seqlens, [0, 4, 9], torch.int32)

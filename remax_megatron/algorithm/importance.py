@@ -28,17 +28,20 @@ from remax_megatron.errors import UserError
 LEVELS = ("token", "sequence")
 
 
+SUMS = ("count", "total", "total_cut", "total_cut_squared", "num_truncated")
+
+
 @dataclass(frozen=True)
 class ImportanceStats:
     """Sums over weights (tokens, or rows with a token at level "sequence"), so that those of micro-batches and ranks
     can be put together exactly. "Cut" weights are those after the threshold."""
 
-    count: int = 0
+    count: float = 0.0
     total: float = 0.0
     total_cut: float = 0.0
     total_cut_squared: float = 0.0
+    num_truncated: float = 0.0
     largest: float = 0.0
-    num_truncated: int = 0
 
     def metrics(self) -> dict[str, float]:
         """Mean and maximum before the cut (the mean is 1 in expectation), the share that was cut, and the effective
@@ -55,12 +58,12 @@ class ImportanceStats:
 
 def importance_weights(
     logprob_R: Tensor, rollout_logprob_R: Tensor, lengths: Sequence[int], *, level: str, threshold: float
-) -> tuple[Tensor, ImportanceStats]:
-    """The weight of each token, [R] float32 without gradient, and their statistics.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight of each token [R] float32 without gradient, SUMS over the weights [5] float64, the largest one float64).
 
     Inputs [R] in nats under the sampling temperature; `lengths` [rows] cuts R into whole rows, in order. A row's
-    tokens all carry its one weight at level "sequence". UserError for an unknown level or a threshold not above 0;
-    ValueError when the sizes do not fit.
+    tokens all carry its one weight at level "sequence". Nothing is read back from a GPU. UserError for an unknown level
+    or a threshold not above 0; ValueError when the sizes do not fit.
     """
     if level not in LEVELS:
         raise UserError(f"rollout_is={level} is not known: set one of {', '.join(LEVELS)}")
@@ -80,14 +83,14 @@ def importance_weights(
         sums = [part.sum() for part in log_ratio_R.split(filled)] if filled else []
         weight = torch.stack(sums).clamp(-20.0, 20.0).exp() if sums else log_ratio_R
         cut = weight.clamp(max=threshold)
-        weight_R = cut.repeat_interleave(torch.tensor(filled, dtype=torch.long, device=cut.device))
-    return weight_R, _stats(weight, cut, threshold)
+        weight_R = torch.cat([one.expand(length) for one, length in zip(cut, filled, strict=True)]) if sums else cut
+    return weight_R, *_sums(weight, cut, threshold)
 
 
-def _stats(weight: Tensor, cut: Tensor, threshold: float) -> ImportanceStats:
+def _sums(weight: Tensor, cut: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     if weight.numel() == 0:
-        return ImportanceStats()
+        return weight.new_zeros(len(SUMS), dtype=torch.float64), weight.new_zeros((), dtype=torch.float64)
     weight, cut = weight.double(), cut.double()
-    sums = [weight.sum(), cut.sum(), cut.square().sum(), weight.max(), (weight > threshold).sum()]
-    total, total_cut, total_cut_squared, largest, num_truncated = torch.stack([s.double() for s in sums]).tolist()
-    return ImportanceStats(weight.numel(), total, total_cut, total_cut_squared, largest, int(num_truncated))
+    count = torch.full_like(weight[0], weight.numel())
+    truncated = (weight > threshold).sum().double()
+    return torch.stack([count, weight.sum(), cut.sum(), cut.square().sum(), truncated]), weight.max()

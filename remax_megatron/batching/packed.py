@@ -8,9 +8,9 @@ multiple (sequence parallelism), to be the same in all micro-batches (pipelines)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from remax_megatron.flops import RowGroup
 from remax_megatron.types import Row
 
 LONGEST_PADDING_ROW = 1024  # tokens, in a micro-batch without rows; else the longest row: attention costs their square
+
+_ALIGNED = 16  # elements: a kernel that is compiled for aligned addresses then fits every micro-batch
 
 
 @dataclass
@@ -112,29 +114,58 @@ def pack(
         positions.extend(range(length))
     chosen = [rows[i] for i in indices]
     lengths = [prompt + sum(answers) for prompt, answers in segments]
-
-    def floats(values: list[list[float]]) -> Tensor:
-        return torch.tensor([x for one in values for x in one], dtype=torch.float32, device=device)
-
-    def floats_if_all(values: list[list[float] | None]) -> Tensor | None:
+    whole, real = _Columns(torch.int64), _Columns(torch.float32)
+    whole.add("tokens", tokens)
+    whole.add("positions", positions)
+    whole.add("cu_seqlens", [0, *accumulate(lengths)])
+    whole.add("position", position_R)
+    whole.add("target", chain.from_iterable(row.response_ids for row in chosen))
+    real.add("advantage", chain.from_iterable(row.advantages for row in chosen))
+    real.add("rollout_logprob", chain.from_iterable(row.rollout_logprobs for row in chosen))
+    real.add("weight", chain.from_iterable([row.weight or 0.0] * len(row.response_ids) for row in chosen))
+    for name, values in (("old", [r.old_logprobs for r in chosen]), ("ref", [r.ref_logprobs for r in chosen])):
         given = [one for one in values if one is not None]
-        return floats(given) if values and len(given) == len(values) else None
-
+        if values and len(given) == len(values):
+            real.add(name, chain.from_iterable(given))
+    of_tokens, of_answers = whole.to(device), real.to(device)
     return PackedBatch(
         rows=list(indices),
         num_tokens=num_tokens,
-        tokens_T=torch.tensor(tokens, dtype=torch.int64, device=device),
-        positions_T=torch.tensor(positions, dtype=torch.int64, device=device),
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device),
+        tokens_T=of_tokens["tokens"],
+        positions_T=of_tokens["positions"],
+        cu_seqlens=of_tokens["cu_seqlens"].int(),
         max_seqlen=max(positions) + 1 if share_prompts else max(lengths),
-        position_R=torch.tensor(position_R, dtype=torch.int64, device=device),
-        target_R=torch.tensor([t for row in chosen for t in row.response_ids], dtype=torch.int64, device=device),
-        advantage_R=floats([row.advantages for row in chosen]),
-        rollout_logprob_R=floats([row.rollout_logprobs for row in chosen]),
-        old_logprob_R=floats_if_all([row.old_logprobs for row in chosen]),
-        ref_logprob_R=floats_if_all([row.ref_logprobs for row in chosen]),
-        weight_R=floats([[row.weight or 0.0] * len(row.response_ids) for row in chosen]),
+        position_R=of_tokens["position"],
+        target_R=of_tokens["target"],
+        advantage_R=of_answers["advantage"],
+        rollout_logprob_R=of_answers["rollout_logprob"],
+        old_logprob_R=of_answers.get("old"),
+        ref_logprob_R=of_answers.get("ref"),
+        weight_R=of_answers["weight"],
         response_lengths=[len(row.response_ids) for row in chosen],
         segments=segments,
         number=number,
     )
+
+
+class _Columns:
+    """Lists of one type that go to the device together, in one copy that a GPU's host does not wait for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._values: list[float] = []
+        self._parts: dict[str, slice] = {}
+
+    def add(self, name: str, values: Iterable[float]) -> None:
+        start = len(self._values)
+        self._values.extend(values)
+        self._parts[name] = slice(start, len(self._values))
+        self._values.extend([0] * (-len(self._values) % _ALIGNED))
+
+    def to(self, device: torch.device | str) -> dict[str, Tensor]:
+        """Each list as a tensor on `device`; they share memory, and each starts at a multiple of _ALIGNED elements."""
+        block = torch.tensor(self._values, dtype=self._dtype)
+        if torch.device(device).type == "cuda":
+            block = block.pin_memory()
+        block = block.to(device, non_blocking=True)
+        return {name: block[part] for name, part in self._parts.items()}

@@ -17,6 +17,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
+from remax_megatron.algorithm.importance import SUMS as IMPORTANCE_SUMS
 from remax_megatron.algorithm.importance import ImportanceStats, importance_weights
 from remax_megatron.algorithm.kl import token_kl
 from remax_megatron.algorithm.logprob import head_full_kl
@@ -45,11 +46,7 @@ _SUMS = (
     "kl",
     "mismatch_abs",
     "mismatch_rollout_minus_policy",
-    "importance_count",
-    "importance_total",
-    "importance_total_cut",
-    "importance_total_cut_squared",
-    "importance_num_truncated",
+    *(f"importance_{name}" for name in IMPORTANCE_SUMS),
 )
 _MAXIMA = ("mismatch_abs", "importance")
 
@@ -230,13 +227,8 @@ class Policy(PackedModel):
         grad_norm, skipped = self._step(total["loss"], mean["mismatch_abs"], mismatch_limit)
         num_computed = sum(self.num_computed_tokens(rows, batch) for rank in schedule for batch in rank)
         num_microbatches = len(schedule[0])
-        importance = ImportanceStats(
-            count=int(total["importance_count"]),
-            total=total["importance_total"],
-            total_cut=total["importance_total_cut"],
-            total_cut_squared=total["importance_total_cut_squared"],
-            largest=maximum["importance"],
-            num_truncated=int(total["importance_num_truncated"]),
+        weights = ImportanceStats(
+            **{name: total[f"importance_{name}"] for name in IMPORTANCE_SUMS}, largest=maximum["importance"]
         )
         return UpdateResult(
             loss=total["loss"],
@@ -255,7 +247,7 @@ class Policy(PackedModel):
             num_response_tokens=num_response_tokens,
             num_microbatches=num_microbatches,
             fill=num_computed / (num_microbatches * self.layout.dp * self._microbatch_capacity(rows)),
-            importance=importance.metrics(),
+            importance=weights.metrics(),
             skipped=skipped,
             nonfinite_rows=_rows_not_finite(finite) if skipped else [],
         )
@@ -274,10 +266,11 @@ class Policy(PackedModel):
         )
         tokens = clipped_policy_loss(logprob_R, old_R, batch.advantage_R, clip)
         loss_R = tokens.loss_R if actor.policy_loss == "ppo_clip" else reinforce_loss(logprob_R, batch.advantage_R)
-        stats = ImportanceStats()
+        weight_sums = logprob_R.new_zeros(len(IMPORTANCE_SUMS), dtype=torch.float64)
+        largest_weight = weight_sums[0]
         if correction.rollout_is is not None:
             before_R = logprob_R.detach() if old_R is None else old_R
-            weight_R, stats = importance_weights(
+            weight_R, weight_sums, largest_weight = importance_weights(
                 before_R,
                 batch.rollout_logprob_R,
                 batch.response_lengths,
@@ -301,16 +294,14 @@ class Policy(PackedModel):
         clips = actor.policy_loss == "ppo_clip"
         sums = [total, entropy_R.sum(), clips * tokens.clipped_R.sum(), clips * tokens.dual_clipped_R.sum()]
         sums += [tokens.old_minus_new_R.sum(), kl_R.sum(), mismatch_R.abs().sum(), -mismatch_R.sum()]
-        counted = (stats.count, stats.total, stats.total_cut, stats.total_cut_squared, stats.num_truncated)
-        of_weights = torch.tensor(counted, dtype=torch.float64, device=logprob_R.device)
         of_tokens = torch.stack([value.detach().double() for value in sums])
         largest = torch.zeros(len(_MAXIMA), dtype=torch.float64, device=logprob_R.device)
         if logprob_R.numel():
             largest[0] = mismatch_R.abs().max()
-            largest[1] = stats.largest
+            largest[1] = largest_weight
         # A maximum with NaN may come out differently on every rank; infinity may not.
         largest.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        return total, weighted_R.detach().isfinite(), torch.cat([of_tokens, of_weights]), largest
+        return total, weighted_R.detach().isfinite(), torch.cat([of_tokens, weight_sums]), largest
 
     def _step(self, loss: float, mismatch: float, mismatch_limit: float | None) -> tuple[float, str]:
         """The optimizer step, unless it is forbidden; returns the gradient norm and the verdict (guards.VERDICTS).

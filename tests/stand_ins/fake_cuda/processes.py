@@ -1,0 +1,106 @@
+"""One process per rank, forked from one that has imported what a rank needs, so that a rank starts in milliseconds.
+
+    report = play_each([Job(config, facts, rank=3, world_size=8, act=my_steps)])[0]
+
+There are two kinds of parent: with Transformer Engine's Python half in place before Megatron is imported, and without
+it. This module imports neither torch nor Megatron, and neither should what defines `act`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.config.schema import Config
+
+if TYPE_CHECKING:
+    from tests.stand_ins.fake_cuda.rank import Rank
+    from tests.stand_ins.fake_cuda.recorder import Collective, Phase
+
+_NEEDED = (
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "torch.nn.attention.varlen",
+    "torch.testing._internal.distributed.fake_pg",
+    "tests.stand_ins.fake_cuda.rank",
+)
+_fork = multiprocessing.get_context("fork")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rank to be played. `act` gets the built rank; what it returns comes back in the report. `lengths` are the
+    (prompt, response) tokens of the answers of a rollout batch, repeated over it."""
+
+    config: Config
+    facts: ModelFacts
+    rank: int
+    world_size: int
+    act: Callable[[Rank], Any]
+    lengths: Sequence[tuple[int, int]] = ((16, 16),)
+
+
+@dataclass
+class Report:
+    """What a rank did: counts by phase, all collectives in order, the result of `act`, or the traceback that ended
+    it."""
+
+    rank: int
+    phases: dict[str, Phase] = field(default_factory=dict)
+    collectives: list[Collective] = field(default_factory=list)
+    result: Any = None
+    error: str | None = None
+
+
+def play_each(
+    jobs: Sequence[Job], *, transformer_engine: bool = False, at_once: int | None = None, timeout_s: float = 300
+) -> list[Report]:
+    """Play `jobs`, each in a process of its own, `at_once` (None: as many as there are cores) at a time.
+
+    RuntimeError with the traceback of a rank that failed; TimeoutError when all together take over `timeout_s`.
+    """
+    count = at_once or len(os.sched_getaffinity(0))
+    parent = _parent(transformer_engine)
+    reports = parent.submit(_in_parent, list(jobs), count, timeout_s).result(timeout_s + 60)
+    for report in reports:
+        if report.error is not None:
+            raise RuntimeError(f"rank {report.rank} of {jobs[0].world_size}\n{report.error}")
+    return reports
+
+
+@functools.cache
+def _parent(transformer_engine: bool) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, _fork, _import_all, (transformer_engine,))
+
+
+def _import_all(transformer_engine: bool) -> None:
+    warnings.simplefilter("ignore")  # about optional packages that are not there
+    logging.disable(logging.WARNING)
+    import torch._dynamo.config  # it looks at torch's functions, before any of them is replaced
+
+    from tests.stand_ins.fake_cuda import kernels
+
+    kernels.replace_compilers()
+    if transformer_engine:
+        from tests.stand_ins.fake_cuda import te
+
+        te.install()
+    for name in _NEEDED:
+        importlib.import_module(name)
+
+
+def _in_parent(jobs: list[Job], at_once: int, timeout_s: float) -> list[Report]:
+    from tests.stand_ins.fake_cuda.rank import play
+
+    with _fork.Pool(at_once, maxtasksperchild=1) as pool:
+        return pool.map_async(play, jobs, chunksize=1).get(timeout_s)

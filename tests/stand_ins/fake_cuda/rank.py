@@ -1,0 +1,225 @@
+"""One rank of the trainer on the fake device: the run's own parts, with an engine, rewards and weights that are stubs.
+
+`play(job)` builds what `remax_megatron.run` builds, lets `job.act(rank)` use it, and reports what the device would have
+had to do.
+The weights are tensors of the right shapes; the engine agrees with everything; all replicas answer alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import _disable_current_modes
+
+from remax_megatron import run
+from remax_megatron.algorithm.aggregation import weigh_rows
+from remax_megatron.batching.schedule import Schedule
+from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.config.schema import Config
+from remax_megatron.data.dataset import PromptDataset
+from remax_megatron.inputs import Inputs
+from remax_megatron.model import weights
+from remax_megatron.model.hf_folder import expected_shapes
+from remax_megatron.parallel import watchdog
+from remax_megatron.parallel.layout import init_distributed
+from remax_megatron.policy import training_state
+from remax_megatron.policy.policy import Policy
+from remax_megatron.policy.training_state import TrainingState
+from remax_megatron.rollout import collect, engine
+from remax_megatron.trainer import Trainer
+from remax_megatron.types import Completion, Prompt, Rollout, Row
+from tests.stand_ins.fake_cuda import kernels
+from tests.stand_ins.fake_cuda.device import become_cuda
+from tests.stand_ins.fake_cuda.processes import Job, Report
+from tests.stand_ins.fake_cuda.recorder import Recorder
+
+
+@dataclass
+class Rank:
+    """What `act` works with."""
+
+    job: Job
+    recorder: Recorder
+    trainer: Trainer
+
+    @property
+    def policy(self) -> Policy:
+        return self.trainer.learner.policy
+
+    def rows(self, count: int) -> list[Row]:
+        """`count` rows of the job's lengths with advantages of 1, weighed as one update."""
+        rows = []
+        for i in range(count):
+            prompt, response = self.job.lengths[i % len(self.job.lengths)]
+            ids = _tokens(prompt + response, i, self.job.facts)
+            rows.append(Row(ids[:prompt], list(ids[prompt:]), [1.0] * response, [-1.0] * response))
+        weigh_rows(rows, "token-mean")
+        return rows
+
+    def make_optimizer_state(self) -> None:
+        """Adam's moments, which are otherwise made by the first step."""
+        with self.recorder.phase("optimizer state"):
+            for owned, _ in (state := TrainingState(self.policy))._owned():
+                state._optimizer_state(owned)
+
+
+def play(job: Job) -> Report:
+    """Build the rank, act, report. In a process that is thrown away afterwards."""
+    os.environ["TQDM_DISABLE"] = "1"
+    recorder = become_cuda(job.rank, job.world_size)
+    kernels.record_into(recorder)
+    kernels.replace_attention()
+    report = Report(job.rank, recorder.phases, recorder.collectives)
+    with tempfile.TemporaryDirectory(prefix="remax-fake-cuda-") as folder:
+        job.config.trainer.default_local_dir = folder
+        job.config.trainer.stop_file = f"{folder}/stop"
+        job.config.trainer.logger = []
+        try:
+            with recorder.phase("build"):
+                trainer = _build(job, recorder)
+            report.result = job.act(Rank(job, recorder, trainer))
+        except Exception:  # noqa: BLE001  whatever it is, the parent shows it
+            report.error = traceback.format_exc()
+    return report
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+def _build(job: Job, recorder: Recorder) -> Trainer:
+    config = job.config
+    device = init_distributed("cuda", 600)
+    dist.all_gather_object = functools.partial(_gather, dist.all_gather_object, config)
+    weights.open_weights = lambda folder, facts: _Weights(facts)
+    _Engine.lengths = job.lengths
+    engine.Engine = _Engine
+    collect.Collector = _Collector
+    run.RewardPool = lambda *args, **kwargs: None
+    run.check_shared = lambda config: None
+    run.side_files = lambda *args: {}
+    run.model_folder = lambda folder: folder
+    watchdog.phase = recorder.phase
+    Policy._step = _in_phase_of_its_own(recorder, Policy._step)
+    # Row numbers are computed with, not only shaped.
+    training_state.shard_runs = _without_modes(training_state.shard_runs)
+    _teach(recorder, job)
+    prompts = [
+        Prompt(i, _tokens(job.lengths[0][0], i, job.facts), "fake", "") for i in range(config.data.train_batch_size)
+    ]
+    inputs = Inputs("fake", None, [], PromptDataset(prompts, len(prompts)), None)
+    return run._build(config, job.facts, inputs, "", None, device, job.rank == 0)
+
+
+def _in_phase_of_its_own(recorder: Recorder, step: Callable) -> Callable:
+    @functools.wraps(step)
+    def call(*args: Any) -> Any:
+        with recorder.phase(recorder.phase_name.replace("update", "optimizer")):
+            return step(*args)
+
+    return call
+
+
+def _without_modes(function: Callable) -> Callable:
+    def call(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return call
+
+
+def _gather(real: Callable, config: Config, parts: list, mine: Any, group: Any = None) -> None:
+    """All ranks send what this one sends, but lists (answers) come from the first rank of a replica only."""
+    real(parts, mine, group)
+    if isinstance(mine, list):
+        size = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+        parts[:] = [part if rank % size == 0 else [] for rank, part in enumerate(parts)]
+
+
+def _teach(recorder: Recorder, job: Job) -> None:
+    """What Megatron reads back of every micro-batch: lengths of rows and of messages. For micro-batches alike."""
+    actor = job.config.actor_rollout_ref.actor
+    tp = actor.megatron.tensor_model_parallel_size
+    multiple = tp if actor.megatron.sequence_parallel else 1
+    longest = max(prompt + response for prompt, response in job.lengths)
+    per_batch = max(1, actor.ppo_max_token_len_per_gpu // longest)
+    total = -(-per_batch * longest // multiple) * multiple
+
+    def row_lengths(frame: Any, shape: Any) -> list[int]:
+        return [total // shape[0]] * (shape[0] - 1) + [total - total // shape[0] * (shape[0] - 1)]
+
+    recorder.answers["p2p_communication.py", "_communicate_shapes"] = [total // multiple, 1, job.facts.hidden_size]
+    recorder.answers["rope_utils.py", "_apply_rotary_pos_emb_thd"] = lambda frame, shape: (
+        row_lengths(frame, shape) if shape else 0 if "has_packed_freqs" in frame.f_locals else total
+    )
+
+
+class _Weights:
+    """A model folder by its shapes alone."""
+
+    def __init__(self, facts: ModelFacts):
+        self._shapes = expected_shapes(facts)
+
+    def get(self, name: str) -> torch.Tensor:
+        return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="cpu")
+
+
+# -- the engine --------------------------------------------------------------------------------------------------------
+
+
+class _Engine:
+    """vLLM's place: takes every weight, answers with the job's lengths, and always agrees with the policy."""
+
+    lengths: Sequence[tuple[int, int]] = ((16, 16),)
+    leads_replica, tokenizer = True, None
+
+    def __init__(self, model_folder: str, tokenizer: Any, config: Any, **kwargs: Any):
+        self.num_samples, self.greedy = config.n, kwargs["greedy"]
+        self.replica = dist.get_rank() // config.tensor_model_parallel_size
+        self.num_replicas = dist.get_world_size() // config.tensor_model_parallel_size
+        self.weight_version = 0
+
+    def reload(self, stream: Any) -> None:
+        for name, tensor in stream:
+            assert tensor.device.type == "cuda" and tensor.is_contiguous(), name
+        self.weight_version += 1
+
+    def score(self, canaries: Sequence[Any]) -> list:
+        return [([1.0] * (len(c.token_ids) - 1), [5] * c.num_generated, [1.0] * c.num_generated) for c in canaries]
+
+    def rollout(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
+        return [
+            Rollout(
+                prompt,
+                [self._answer(i * self.num_samples + k) for k in range(self.num_samples)],
+                self._answer(i, 0.0) if self.greedy else None,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _answer(self, i: int, reward: float = 1.0) -> Completion:
+        length = self.lengths[i % len(self.lengths)][1]
+        return Completion([5] * length, [1.0] * length, True, self.weight_version, reward=reward)
+
+    def sleep(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Collector(collect.Collector):
+    """The real one, with answers that come with their rewards."""
+
+    def _reward(self, answers: Any) -> None: ...
+
+
+def _tokens(count: int, seed: int, facts: ModelFacts) -> tuple[int, ...]:
+    return tuple((seed + i) % (facts.vocab_size - 2) + 1 for i in range(count))
