@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu [--parts stack,parity,...] [--device cuda|cpu] [--tiny] [--limit PART=SECONDS ...]
                              [--total SECONDS] [--json FILE] [--work DIR]
-    python -m benchmarks.gpu --write-docs FILE.json
+    python -m benchmarks.gpu --write-docs FILE.json            docs/gpu.md, what was measured
+    python -m benchmarks.gpu --write-counts PRESET.txt ...     docs/gpu.md, from outputs of gpu_counts.py
 
     stack   versions, card, attention backend, Transformer Engine or not
     parity  the policy against transformers in float32: log-probabilities and gradients, layers and backends
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # with -m, too
 
 from common import finish, machine
 from gpu_parts import be_part
-from gpu_report import result, target_lines, write_docs
+from gpu_report import result, target_lines, write_counts, write_docs
 
 LIMITS_S: dict[str, float] = {  # in the order in which they run: what fails early explains what fails later
     "stack": 30,
@@ -66,9 +67,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), metavar="FILE")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where models are made; default: a temporary folder")
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write docs/gpu.md from this JSON; run nothing")
+    parser.add_argument("--write-counts", type=Path, nargs="+", default=[], metavar="FILE", help="likewise, the counts")
     options = parser.parse_args()
-    if options.write_docs:
-        write_docs(json.loads(options.write_docs.read_text()))
+    if options.write_docs or options.write_counts:
+        if options.write_docs:
+            write_docs(json.loads(options.write_docs.read_text()))
+        if options.write_counts:
+            write_counts(options.write_counts)
         return
     if options.device == "cpu":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported

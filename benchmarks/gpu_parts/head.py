@@ -11,9 +11,9 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from gpu_parts.part import Numbers, Part
 from logprob import peak_bytes
 
+from gpu_parts.part import Numbers, Part
 from remax_megatron.algorithm.logprob import head_logprob
 
 SIZES = {"hidden 1536": (16384, 1536, 152064), "hidden 3584": (16384, 3584, 152064)}  # tokens, hidden, vocabulary

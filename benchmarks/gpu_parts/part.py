@@ -52,6 +52,8 @@ class Part:
             self.write(name, found | {"case_s": time.perf_counter() - started})
         except UserError as error:
             self.not_available(name, str(error))
+        except torch.OutOfMemoryError as error:
+            self.not_available(name, f"out of memory: {error}".splitlines()[0][:MAX_LINE])
         except FAILURES as error:
             traceback.print_exc()
             self.write(name, {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:MAX_LINE]})
@@ -110,7 +112,7 @@ class Part:
             config.actor_rollout_ref.actor,
             model_folder=str(model_folder or folder),
             temperature=config.actor_rollout_ref.rollout.temperature,
-            recompute=recompute_of(config).granularity == "full",
+            recompute=recompute_of(config),
         )
 
     def lacks_transformer_engine(self) -> str | None:

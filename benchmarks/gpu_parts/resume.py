@@ -6,7 +6,6 @@ from pathlib import Path
 
 from gpu_parts.parity import SHAPE, STD, make_rows
 from gpu_parts.part import Numbers, Part
-
 from remax_megatron.checkpoint.folders import RunState, iteration_folder
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.model.hf_folder import side_files
@@ -26,6 +25,8 @@ def _resume(part: Part, in_background: bool) -> Numbers:
     rows = make_rows(500, num_prompts=4, longest=30) if part.tiny else make_rows(8000, num_prompts=8, longest=400)
     config = part.settings(folder, "actor_rollout_ref.actor.optim.lr=1e-3")
     policy = part.policy(config)
+    for row, logprobs in zip(rows, policy.logprobs(rows), strict=True):
+        row.old_logprobs = logprobs  # without them every ratio is 1, and the loss the same whatever the weights
     for _ in range(BEFORE):
         policy.update(rows)
     root = part.work / f"checkpoints-{in_background}"
@@ -40,10 +41,11 @@ def _resume(part: Part, in_background: bool) -> Numbers:
     resumed_policy = part.policy(config, iteration_folder(root, BEFORE))
     TrainingState(resumed_policy).load_optimizer(iteration_folder(root, BEFORE), BEFORE)
     resumed = [resumed_policy.update(rows) for _ in range(AFTER)]
+    losses = [[update.loss for update in updates] for updates in (going_on, resumed)]
     return {
-        "losses": [update.loss for update in going_on],
-        "resumed_losses": [update.loss for update in resumed],
-        "loss_difference": max(abs(a.loss - b.loss) for a, b in zip(going_on, resumed, strict=True)),
+        "losses": losses[0],
+        "resumed_losses": losses[1],
+        "loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
         "save_s": begun_s,
         "finish_s": finished_s,
         "checkpoint_gb": _size(iteration_folder(root, BEFORE)) / 1e9,

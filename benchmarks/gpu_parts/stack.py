@@ -7,6 +7,7 @@ import importlib.util
 import platform
 
 import torch
+
 from gpu_parts.part import Numbers, Part
 
 PACKAGES = ("megatron-core", "vllm", "transformers", "triton", "flash-attn", "apex", "transformer-engine")
