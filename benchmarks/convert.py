@@ -36,87 +36,15 @@ from pathlib import Path
 
 import torch
 from common import ROOT, Usage, finish, machine, measured
+from random_model import SHAPES, config_of, make_folder
 
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.verify import read_tensors
-from remax_megatron.model.hf_folder import INDEX, HfLayout, expected_shapes
 
-SHAPES = {  # layers, hidden, ffn, heads, KV heads, vocabulary, tied
-    "0.5b": (24, 896, 4864, 14, 2, 151936, True),
-    "1.5b": (28, 1536, 8960, 12, 2, 151936, True),
-    "3b": (36, 2048, 11008, 16, 2, 151936, True),
-    "7b": (28, 3584, 18944, 28, 4, 152064, False),
-    "14b": (48, 5120, 13824, 40, 8, 152064, False),
-    "32b": (64, 5120, 27648, 40, 8, 152064, False),
-}
 PROJECTED = ("14b", "32b")
 PEERS = ("mbridge", "megatron-bridge")
 PEER_SCRIPT = ROOT / "benchmarks/peers/convert_peer.py"
 PEER_PINS = ROOT / "benchmarks/peers/requirements-convert.txt"
-POOL = 2**24  # random numbers that the weights are drawn from, each tensor at its own place
-
-
-def config_of(shape: str, layers: int | None = None) -> dict[str, object]:
-    """config.json of a Qwen2.5 model of that size."""
-    default, hidden, ffn, heads, kv_heads, vocab, tied = SHAPES[shape]
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "num_hidden_layers": layers or default,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "torch_dtype": "bfloat16",
-        "use_sliding_window": False,
-        "initializer_range": 0.02,
-    }
-
-
-def make_folder(folder: Path, config: dict[str, object]) -> int:
-    """A Hugging Face folder with random bfloat16 weights, in files of up to 5 GB; returns its bytes."""
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    _write_tokenizer(folder, int(str(config["vocab_size"])))
-    facts = ModelFacts.from_folder(folder)
-    layout = HfLayout.planned(facts, torch.bfloat16)
-    pool = torch.empty(POOL, dtype=torch.bfloat16).normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
-    shapes = expected_shapes(facts)
-    for name, file in layout.files.items():
-        with open(folder / name, "wb") as target:
-            target.write(file.head)
-            for i, tensor in enumerate(file.offsets):
-                left = torch.Size(shapes[tensor]).numel()
-                start = (i + 1) * 7919 % POOL
-                while left:
-                    part = pool[start : start + left]
-                    target.write(part.view(torch.uint8).numpy().data)
-                    left, start = left - len(part), 0
-    if layout.index is not None:
-        (folder / INDEX).write_text(layout.index)
-    return size_of(folder)
-
-
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """The least that a peer accepts as a tokenizer."""
-    from tokenizers import Tokenizer, models
-
-    Tokenizer(models.WordLevel({"<unk>": 0, "a": vocab_size - 1}, unk_token="<unk>")).save(
-        str(folder / "tokenizer.json")
-    )
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
-    )
-
-
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -228,7 +156,7 @@ def projection(ours: dict, num_bytes: int, say: Callable[[str], None]) -> dict[s
     rates = {name: num_bytes / ours[f"{name}_s"] for name in ("there", "back")}
     projected = {}
     for shape in PROJECTED:
-        facts = ModelFacts.from_hf_config(config_of(shape), shape)
+        facts = ModelFacts.from_hf_config(config_of(SHAPES[shape]), shape)
         total = 2 * sum(torch.Size(dims).numel() for entry in weight_table(facts) for dims in entry.hf_shapes)
         seconds = {f"{name}_s": total / rate for name, rate in rates.items()}
         projected[shape] = {"gb": total / 1e9, "peak_gib": ours["peak_gib"]} | seconds
@@ -257,7 +185,7 @@ def main() -> None:
     say(f"config: {config}")
     with tempfile.TemporaryDirectory(prefix="convert-", dir=options.work) as name:
         work = Path(name)
-        num_bytes = make_folder(work / "model", config_of(options.shape, options.layers))
+        num_bytes = make_folder(work / "model", config_of(SHAPES[options.shape], options.layers))
         started = time.perf_counter()
         ours = repeat_ours(work / "model", work, options.repeats, options.rest)
         say(f"{'':16}{'there s':>9}{'back s':>9}{'anon GiB':>10}")

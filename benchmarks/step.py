@@ -17,7 +17,6 @@ nothing but padding. The ratios are those at 60 %.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -25,60 +24,31 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from common import finish, machine
-from safetensors.torch import save_file
+from random_model import config_of, make_folder
 
 from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Actor
-from remax_megatron.model.hf_folder import expected_shapes
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.types import Row
 
-MODEL = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 448,
-    "intermediate_size": 1216,
-    "num_hidden_layers": 10,
-    "num_attention_heads": 7,
-    "num_key_value_heads": 1,
-    "vocab_size": 12032,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "hidden_act": "silu",
-    "torch_dtype": "float32",
-}
+MODEL = config_of((10, 448, 1216, 7, 1, 12032, True))
 ACCURACIES = (0.3, 0.6, 0.9)
 MAX_RESPONSE = 1024
 SIGMA = 0.6  # of the logarithm of an answer's length: 1 % of them reach 1024
 
 
-def make_model(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MODEL))
-    generator = torch.Generator().manual_seed(0)
-    shapes = expected_shapes(ModelFacts.from_folder(folder)).items()
-    tensors = {
-        name: torch.ones(shape) if "norm" in name else torch.empty(shape).normal_(0, 0.02, generator=generator)
-        for name, shape in shapes
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def draw_rows(num_prompts: int, samples: int) -> list[Row]:
+def draw_rows(num_prompts: int, samples: int, vocab_size: int = MODEL["vocab_size"]) -> list[Row]:
     """Rows in order of arrival, prompt by prompt; advantages are drawn later."""
     draw = random.Random(0)
     rows = []
     for _ in range(num_prompts):
         length = max(60, round(draw.gauss(106, 30)))
-        prompt = tuple(draw.randrange(MODEL["vocab_size"]) for _ in range(length))
+        prompt = tuple(draw.randrange(vocab_size) for _ in range(length))
         for _ in range(samples):
             length = min(MAX_RESPONSE, max(20, round(draw.lognormvariate(math.log(249) - SIGMA**2 / 2, SIGMA))))
-            response = [draw.randrange(MODEL["vocab_size"]) for _ in range(length)]
+            response = [draw.randrange(vocab_size) for _ in range(length)]
             rows.append(Row(prompt, response, [1.0] * length, [-9.0] * length))
     return rows
 
@@ -123,7 +93,7 @@ def main() -> None:
     actor.megatron.dtype = "float32"
     actor.ppo_max_token_len_per_gpu, actor.ppo_micro_batch_size_per_gpu = options.budget, options.rows
     with tempfile.TemporaryDirectory() as work:
-        make_model(Path(work) / "model")
+        make_folder(Path(work) / "model", MODEL)
         facts = ModelFacts.from_folder(Path(work) / "model")
         policy = Policy(facts, layout, actor, model_folder=str(Path(work) / "model"), temperature=1.0)
 
