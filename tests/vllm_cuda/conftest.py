@@ -25,11 +25,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def gpu_ranks():
-    """`run_ranks` in processes that begin as the stand-in needs them."""
+def gpu_ranks(tmp_path_factory):
+    """`run_ranks` in processes that begin as the stand-in needs them, and that share vLLM's cache."""
+    environment = ENVIRONMENT | {"VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("vllm-cache"))}
 
     def run(function: str, world_size: int, payload):
-        with mock.patch.dict(os.environ, ENVIRONMENT):
+        with mock.patch.dict(os.environ, environment):
             return run_ranks(function, world_size, payload, timeout_s=600, preload=())
 
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
 import torch
@@ -95,7 +96,14 @@ def worker(payload) -> dict:
 
     folder, scenario = payload
     policy = build_policy(folder, init_distributed("cpu", 300))
+    logprobs, current_device = policy.logprobs, torch.cuda.current_device  # the latter is the CPU: cpu_platform.py
     vllm_cuda.install()
+
+    def on_cpu(rows, temperature):
+        with mock.patch.object(torch.cuda, "current_device", current_device):
+            return logprobs(rows, temperature=temperature)
+
+    policy.logprobs = on_cpu
     import vllm  # noqa: F401
 
     vllm_cuda.connect()
