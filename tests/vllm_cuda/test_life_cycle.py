@@ -221,15 +221,16 @@ def largest_difference(model, policy, dtype: str) -> float:
 def results(gpu_ranks, tmp_path_factory):
     """`results(name)`: what each rank of a scenario said, run once."""
     known: dict[str, list[dict]] = {}
-    folders: dict[bool, str] = {}
+    folders: dict[tuple[bool, str], str] = {}
 
     def run(name: str) -> list[dict]:
         scenario = SCENARIOS[name]
-        if scenario.tied not in folders:
-            folder = tmp_path_factory.mktemp("life") / "model"
-            folders[scenario.tied] = str(make_qwen2(folder, tied=scenario.tied, layers=2))
+        model = scenario.tied, scenario.dtype
+        if model not in folders:  # weights that the engine's dtype has exactly
+            folder, dtype = tmp_path_factory.mktemp("life") / "model", getattr(torch, scenario.dtype)
+            folders[model] = str(make_qwen2(folder, tied=scenario.tied, layers=2, std=0.1, dtype=dtype))
         if name not in known:
-            payload = (folders[scenario.tied], scenario)
+            payload = (folders[model], scenario)
             known[name] = gpu_ranks("tests.vllm_cuda.test_life_cycle:worker", scenario.vllm_tp, payload)
         return known[name]
 
