@@ -10,7 +10,7 @@ from tests.small_models import make_qwen2
 
 pytestmark = pytest.mark.vllm_cpu
 
-END, PROMPTS = 1, 10
+END, PROMPTS, TEMPERATURE = 1, 10, 0.8
 
 
 class Tokenizer:
@@ -25,39 +25,56 @@ class Tokenizer:
         return [" ".join(map(str, ids)) for ids in sequences]
 
 
-def build(folder: str, device, *, tp=1, pp=1, vllm_tp=1, temperature=0.8, bucket_bytes=2**20):
+def build(folder: str, device, *, tp=1, pp=1, bucket_bytes=2**20, **engine_options):
+    """A float32 policy and the engine for it on `device`, the bridge between them, and prompts. Collective."""
+    from remax_megatron.rollout.bridge import Bridge
+
+    policy = build_policy(folder, device, tp=tp, pp=pp)
+    engine, prompts = build_engine(folder, device, **engine_options)
+    bridge = Bridge(policy, engine, prompts, dtype="float32", bucket_bytes=bucket_bytes, threshold=None)
+    return policy, engine, bridge, prompts
+
+
+def build_policy(folder: str, device, *, tp=1, pp=1):
     from remax_megatron.config.model_facts import ModelFacts
-    from remax_megatron.config.schema import Actor, RolloutConfig, ValKwargs
+    from remax_megatron.config.schema import Actor, Recompute
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
-    from remax_megatron.rollout.bridge import Bridge
-    from remax_megatron.rollout.engine import Engine
-    from remax_megatron.types import Prompt
 
     layout = init_model_parallel(device, tp=tp, pp=pp, vpp=None, seed=1)
-    facts = ModelFacts.from_folder(folder)
     actor = Actor()
     actor.megatron.dtype = "float32"
     actor.ppo_max_token_len_per_gpu = 512
     actor.optim.lr = 1e-2
-    policy = Policy(facts, layout, actor, model_folder=folder, temperature=temperature)
-    rollout = RolloutConfig(n=2, temperature=temperature, tensor_model_parallel_size=vllm_tp, kv_cache_gib=0.1)
+    facts = ModelFacts.from_folder(folder)
+    return Policy(facts, layout, actor, model_folder=folder, temperature=TEMPERATURE, recompute=Recompute())
+
+
+def build_engine(folder: str, device, *, vllm_tp=1, dtype="float32", max_response_length=24, **rollout_settings):
+    """(the engine, PROMPTS prompts of 40 tokens). Collective."""
+    from remax_megatron.config.model_facts import ModelFacts
+    from remax_megatron.config.schema import RolloutConfig, ValKwargs
+    from remax_megatron.rollout.engine import Engine
+    from remax_megatron.types import Prompt
+
+    rollout = RolloutConfig(
+        n=2, temperature=TEMPERATURE, tensor_model_parallel_size=vllm_tp, kv_cache_gib=0.1, **rollout_settings
+    )
     rollout.val_kwargs = ValKwargs(n=3, do_sample=True, temperature=1.5)
     engine = Engine(
         folder,
         Tokenizer(),
         rollout,
-        dtype="float32",
+        dtype=dtype,
         max_prompt_length=64,
-        max_response_length=24,
+        max_response_length=max_response_length,
         seed=3,
         device=device,
-        tied_embeddings=facts.tied_embeddings,
+        tied_embeddings=ModelFacts.from_folder(folder).tied_embeddings,
         stop_token_ids=[END],
     )
     prompts = [Prompt(i, tuple((7 * i + 3 * j) % 200 + 2 for j in range(40)), "x", "y") for i in range(PROMPTS)]
-    bridge = Bridge(policy, engine, prompts, dtype="float32", bucket_bytes=bucket_bytes, threshold=None)
-    return policy, engine, bridge, prompts
+    return engine, prompts
 
 
 def train(policy, engine, bridge, prompts, step: int) -> None:
@@ -77,12 +94,12 @@ def train(policy, engine, bridge, prompts, step: int) -> None:
 class Corrupting:
     """A weight stream that changes one tensor by one percent on its way."""
 
-    def __init__(self, stream):
-        self.stream, self.num_bytes = stream, stream.num_bytes
+    def __init__(self, stream, changed="model.layers.2.mlp.up_proj.weight"):
+        self.stream, self.num_bytes, self.changed = stream, stream.num_bytes, changed
 
     def __iter__(self):
         for name, tensor in self.stream:
-            yield name, tensor * 1.01 if name.endswith("layers.2.mlp.up_proj.weight") else tensor
+            yield name, tensor * 1.01 if name == self.changed else tensor
 
 
 def faults_worker(folder: str) -> dict[str, str]:

@@ -381,7 +381,11 @@ BROKEN = {
     "clip": ([f"{ACTOR}.clip_ratio=1.5"], ["clip_ratio=1.5", "below 1"]),
     "dual clip": ([f"{ACTOR}.clip_ratio_c=1.0"], ["clip_ratio_c=1.0", "above 1"]),
     "memory share": ([f"{ROLLOUT}.gpu_memory_utilization=60"], ["gpu_memory_utilization=60", "at most 1"]),
-    "temperature": ([f"{ROLLOUT}.temperature=0"], ["temperature=0", "greater than 0"]),
+    "temperature": ([f"{ROLLOUT}.temperature=0"], ["rollout.temperature=0", "0.01 to 2.0"]),
+    "temperature that vLLM would raise": ([f"{ROLLOUT}.temperature=0.001"], ["rollout.temperature=0.001", "0.01 to"]),
+    "temperature that vLLM refuses": ([f"{ROLLOUT}.temperature=2.5"], ["rollout.temperature=2.5", "0.01 to 2.0"]),
+    "hot validation": ([f"{ROLLOUT}.val_kwargs.temperature=2.5"], ["val_kwargs.temperature=2.5", "0.01 to 2.0"]),
+    "cold validation": ([f"{ROLLOUT}.val_kwargs.temperature=0.001"], ["val_kwargs.temperature=0.001", "0.01 to 2.0"]),
     "top_p": ([f"{ROLLOUT}.top_p=0.9"], ["top_p=0.9", "renormalised", "top_p=1.0"]),
     "top_k": ([f"{ROLLOUT}.top_k=50"], ["top_k=50", "renormalised", "top_k=-1"]),
     "greedy validation": (
@@ -391,7 +395,7 @@ BROKEN = {
     "validation answers": ([f"{ROLLOUT}.val_kwargs.n=0"], ["val_kwargs.n=0", "greater than 0"]),
     "validation temperature": (
         [f"{ROLLOUT}.val_kwargs.do_sample=True", f"{ROLLOUT}.val_kwargs.temperature=0"],
-        ["val_kwargs.temperature=0", "do_sample=True", "greater than 0", "do_sample=False"],
+        ["val_kwargs.temperature=0", "0.01 to 2.0", "do_sample=False"],
     ),
     "gamma": (["algorithm.gamma=0.99"], ["gamma=0.99", "algorithm.gamma=1.0"]),
     "one answer": (["algorithm.adv_estimator=rloo", f"{ROLLOUT}.n=1"], ["rollout.n=1", "rloo", "at least 2"]),

