@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.gpu_counts import count
 
+from benchmarks.gpu_counts import count
 from tests.ledger_cases import CASES, FACTS, Case
 
 

@@ -86,7 +86,6 @@ def _parent(transformer_engine: bool) -> ProcessPoolExecutor:
 def _import_all(transformer_engine: bool) -> None:
     warnings.simplefilter("ignore")  # about optional packages that are not there
     logging.disable(logging.WARNING)
-    import torch._dynamo.config  # it looks at torch's functions, before any of them is replaced
 
     from tests.stand_ins.fake_cuda import kernels
 

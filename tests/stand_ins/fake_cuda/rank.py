@@ -7,15 +7,12 @@ The weights are tensors of the right shapes; the engine agrees with everything; 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import tempfile
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +21,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from remax_megatron import run
 from remax_megatron.algorithm.aggregation import weigh_rows
-from remax_megatron.batching.schedule import Schedule
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset
