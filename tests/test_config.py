@@ -523,8 +523,16 @@ def test_every_rule_about_settings_is_broken_by_some_case():
             except ConfigError:
                 seen.add(rule.__name__)
                 break
-    seen.add("ranks_match_launcher")  # has its own test below
+    seen |= {"ranks_match_launcher", "segments_can_sleep"}  # have their own tests below
     assert {rule.__name__ for rule in RULES} == seen
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_expandable_segments_are_refused_on_gpus(monkeypatch, name):
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    assert load_and_check(model=resolve_model_facts(EMBEDDED_MODEL))  # the demo is on the CPU
+    with pytest.raises(ConfigError, match=f"{name}=.*take expandable_segments out of {name}"):
+        load_and_check(preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"])
 
 
 def test_ranks_match_launcher():

@@ -1,8 +1,8 @@
 """What a GPU would have had to do: host syncs, kernels, live bytes and collectives, each by the line that caused it.
 
 A kernel is an operator that writes memory (views and `empty` are none), a call of a compiled extension, a Triton
-kernel, or a function under torch.compile. Bytes are those of tensors on the device, each rounded up to 512 as torch's allocator
-does; what the allocator, cuBLAS, NCCL and the CUDA context hold beside them is not there.
+kernel, or a function under torch.compile. Bytes are those of tensors on the device, each rounded up to 512 as torch's
+allocator does; what the allocator, cuBLAS, NCCL and the CUDA context hold beside them is not there.
 """
 
 from __future__ import annotations
