@@ -32,13 +32,14 @@ export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu demo doctor test test-gpu test-gpu-stack lint clean
+.PHONY: help test-te install install-gpu demo doctor test test-gpu test-gpu-stack lint clean
 
 help:
 	@echo "make install          make .venv and install the CPU stack (pinned; 3 GB on disk)"
 	@echo "make install-gpu      make .venv and install the GPU stack (pinned; Python 3.12, CUDA 13; 10 GB on disk)"
 	@echo "make demo             install, then train the embedded model with ReMax on 2 ranks: runs/demo"
 	@echo "make doctor           whether a run can start on this machine: ARGS=\"--config-name NAME [key=value ...]\""
+	@echo "make test-te          Transformer Engine's layers on a CPU, by a stand-in for its compiled half"
 	@echo "make test             install, then lint, check types, run all tests that need no GPU"
 	@echo "make test-gpu-stack   the same tests on the packages of the GPU stack, on CPUs, less those of vLLM's CPU engine"
 	@echo "make test-gpu         the tests that need a GPU, on the installed GPU stack"
@@ -112,3 +113,10 @@ test-gpu: $(STAMP)
 clean:
 	rm -rf $(VENV) .venv-gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	find remax_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Transformer Engine's own Python layers on a CPU, its compiled half replaced by tests/stand_ins/te_cpu. The wheel stays out
+# of the environment: there `import megatron.core` would fail on it.
+TE_WHEEL = $(shell grep '^transformer-engine==' requirements/gpu.txt)
+test-te: $(STAMP)
+	@[ -d .te/transformer_engine ] || $(PIP_INSTALL) --no-deps --target .te "$(TE_WHEEL)"
+	$(BIN)/python -m pytest tests/te $(PYTEST_ARGS)
