@@ -115,8 +115,12 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
 
 
 def sync_metrics(report: SyncReport) -> dict[str, float]:
-    """`sync/seconds` is the transfer alone, `sync/canary_seconds` the proof that it arrived."""
-    return {
+    """`sync/seconds` is the transfer alone, `sync/canary_seconds` the proof that it arrived.
+
+    `memory/engine_asleep_gib` is this rank's, of the sleep before; on GPUs only.
+    """
+    asleep = report.engine_asleep_bytes
+    return ({} if asleep is None else {"memory/engine_asleep_gib": asleep / 2**30}) | {
         "weight_version": report.weight_version,
         "sync/seconds": report.seconds,
         "sync/bytes": report.num_bytes,

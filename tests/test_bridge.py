@@ -196,3 +196,30 @@ def test_resharding_is_exact_and_rollouts_do_not_depend_on_the_layout(model, lay
         assert sampled == backwards[::-1] == results[0][3][0]  # the place in the batch does not matter either
         assert all(len({*map(tuple, group)}) == 3 for group in sampled)
         assert greedy == [group[:1] for group in tokens[:4]]
+
+
+def test_memory_that_stays_while_the_engine_sleeps_is_bounded(monkeypatch, caplog):
+    """10 GiB used, 4 of them torch's own: 6 stay. More than 0.3 GiB over the second sleep is said, once per growth."""
+    from types import SimpleNamespace
+
+    from remax_megatron.rollout.engine import Engine
+
+    gib = 2**30
+    segments = [{"segment_pool_id": (0, 0), "total_size": 4 * gib}, {"segment_pool_id": (0, 1), "total_size": 9 * gib}]
+    engine = object.__new__(Engine)
+    engine.device, engine._num_sleeps, engine._asleep_limit = torch.device("cuda", 0), 0, 0.0
+    waits: list[str] = []
+    engine._llm = SimpleNamespace(sleep=lambda level: waits.append(f"sleep {level}"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda **_: segments)
+    warned = []
+    for used in (10.0, 11.0, 11.2, 11.4, 11.5, 11.8):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, used=used: (int((80 - used) * gib), 80 * gib))
+        caplog.clear()
+        engine.sleep()
+        assert engine.asleep_bytes == pytest.approx((used - 4) * gib, abs=2)
+        warned.append(len(caplog.records))
+    assert warned == [0, 0, 0, 1, 0, 1]
+    assert waits == ["synchronize", "sleep 2"] * 6
+    engine.close()
+    assert waits[-1] == "synchronize"

@@ -154,8 +154,10 @@ def test_sync_metrics() -> None:
         canary_mean=1e-6,
         canary_max=2e-5,
         gb_per_s=2.0,
+        engine_asleep_bytes=3 * 2**29,
     )
     assert sync_metrics(report) == {
+        "memory/engine_asleep_gib": 1.5,
         "weight_version": 3,
         "sync/seconds": 0.5,
         "sync/bytes": 10**9,
@@ -164,6 +166,8 @@ def test_sync_metrics() -> None:
         "sync/canary_mean_abs_diff": 1e-6,
         "sync/canary_max_abs_diff": 2e-5,
     }
+    report.engine_asleep_bytes = None  # on CPUs
+    assert "memory/engine_asleep_gib" not in sync_metrics(report)
 
 
 # -- shared memory -------------------------------------------------------------------------------------------------
