@@ -62,7 +62,7 @@ def _mfu(cases: Cases) -> float | None:
 
 def _ledger(cases: Cases) -> float | None:
     """How far the ledger is from the allocator's peak, at worst, as a share of the peak."""
-    return _largest(abs(case["ledger_gib"] / case["peak_gib"] - 1) for case in cases.values() if "mfu" in case)
+    return _largest(abs(case["ledger_gib"] / case["peak_gib"] - 1) for case in cases.values() if "peak_gib" in case)
 
 
 def _head(key: str) -> Callable[[Cases], float | None]:
