@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+needs_engine = pytest.mark.vllm_cpu  # of the parts cycle, demo, step
 PARTS = ["parity", "head", "resume", "update", "cycle", "demo", "step"]  # in the order in which they run
 
 
@@ -43,6 +44,7 @@ def cases(details: dict, part: str) -> dict[str, dict]:
     return {case["case"]: case for case in details["parts"][part]["cases"]}
 
 
+@needs_engine
 def test_every_part_runs_and_a_part_that_is_stopped_ends_no_other(run):
     output, details = run
     assert list(details["parts"]) == ["stack", *PARTS]
@@ -61,6 +63,7 @@ def test_every_part_runs_and_a_part_that_is_stopped_ends_no_other(run):
     assert found["targets_not_measured"] == 3  # what needs a GPU: speed-up, MFU and with it the ledger
 
 
+@needs_engine
 def test_what_needs_a_gpu_is_said_to_be_missing(run):
     _, details = run
     for part in ("parity", "update"):
@@ -69,6 +72,7 @@ def test_what_needs_a_gpu_is_said_to_be_missing(run):
     assert "flex cannot run here on cpu" in cases(details, "parity")["local float32 flex none"]["not_available"]
 
 
+@needs_engine
 def test_the_parts_measure_what_they_are_for(run):
     _, details = run
     update = cases(details, "update")["1.5b local full"]
@@ -84,6 +88,7 @@ def test_the_parts_measure_what_they_are_for(run):
     assert head["tiny ours"]["error"] < 1e-3 and head["tiny ours"]["peak_gib"] < head["tiny megatron"]["peak_gib"]
 
 
+@needs_engine
 def test_the_document_is_written_from_the_json(run, report, tmp_path):
     _, details = run
     docs = tmp_path / "gpu.md"
