@@ -34,7 +34,12 @@ def finish(result: dict[str, float], details: dict[str, object], json_file: str 
     """Print the RESULT line; write it with all details to `json_file`."""
     if json_file:
         Path(json_file).write_text(json.dumps({"result": result} | details, indent=1) + "\n")
-    print("RESULT", " ".join(f"{name}={value:.3f}" for name, value in result.items()), flush=True)
+    print("RESULT", " ".join(f"{name}={_number(value)}" for name, value in result.items()), flush=True)
+
+
+def _number(value: float) -> str:
+    """Three decimals, or 7.1e-07 where they would say 0.000 of a number that is not 0."""
+    return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}"
 
 
 @dataclass(frozen=True)

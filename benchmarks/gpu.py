@@ -38,7 +38,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # with -m, too
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # however this was started; the parts inherit both
+sys.path.insert(0, str(Path(__file__).resolve().parents[0]))
 
 from common import finish, machine
 from gpu_parts import be_part

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
+from remax_megatron.environment import QUIET
 
 
 def be_part(name: str, device: str, tiny: bool, work: Path, record: Path, errors: Path) -> None:

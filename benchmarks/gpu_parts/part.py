@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import resource
 import time
 import traceback
@@ -22,6 +23,7 @@ from random_model import SHAPES, Shape, config_of, make_folder
 from remax_megatron.config.load import load_config
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config, recompute_of
+from remax_megatron.environment import ATTENTION
 from remax_megatron.errors import UserError
 from remax_megatron.parallel.layout import Layout, init_distributed, init_model_parallel
 
@@ -105,6 +107,8 @@ class Part:
         """The policy of `config`, with the weights of its model or of `model_folder`."""
         from remax_megatron.policy.policy import Policy
 
+        for name in ATTENTION:  # Megatron sets them for the first model of a process, and refuses a second that differs
+            os.environ.pop(name, None)
         folder = config.actor_rollout_ref.model.path
         return Policy(
             ModelFacts.from_folder(folder),
