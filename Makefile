@@ -32,7 +32,7 @@ export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help test-te install install-gpu demo doctor test test-gpu test-gpu-stack lint clean
+.PHONY: help gpu-counts test-te install install-gpu demo doctor test test-gpu test-gpu-stack lint clean
 
 help:
 	@echo "make install          make .venv and install the CPU stack (pinned; 3 GB on disk)"
@@ -43,6 +43,7 @@ help:
 	@echo "make test             install, then lint, check types, run all tests that need no GPU"
 	@echo "make test-gpu-stack   the same tests on the packages of the GPU stack, on CPUs, less those of vLLM's CPU engine"
 	@echo "make test-gpu         the tests that need a GPU, on the installed GPU stack"
+	@echo "make gpu-counts       host syncs, kernels, peak memory of a step, counted: ARGS=\"--preset NAME --layers KIND\""
 	@echo "make lint             ruff and mypy alone"
 	@echo "make clean            remove the environments and caches (runs/ stays)"
 
@@ -113,6 +114,12 @@ test-gpu: $(STAMP)
 clean:
 	rm -rf $(VENV) .venv-gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	find remax_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What a GPU would have to do in a training step, counted without one; on the environment of test-gpu-stack.
+gpu-counts:
+	@[ -x .venv-gpu/bin/python ] || { echo "error: no .venv-gpu; make test-gpu-stack makes it" >&2; exit 2; }
+	@[ -d .te/transformer_engine ] || .venv-gpu/bin/python -m pip install -q --no-deps --target .te "$(TE_WHEEL)"
+	@.venv-gpu/bin/python -m benchmarks.gpu_counts $(ARGS)
 
 # Transformer Engine's own Python layers on a CPU, its compiled half replaced by tests/stand_ins/te_cpu. The wheel stays out
 # of the environment: there `import megatron.core` would fail on it.

@@ -34,8 +34,9 @@ from typing import TYPE_CHECKING, Any
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.rules import validate
+from remax_megatron.config.rules import MEGATRON, validate
 from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.doctor.fitting import with_setting
 from tests.stand_ins.fake_cuda.models import FACTS, facts_of
 from tests.stand_ins.fake_cuda.processes import Job, Report, play_each
 
@@ -205,17 +206,20 @@ def result(all_counts: Sequence[Counts], ledger_bytes: int) -> str:
     )
 
 
-def ledger(config: Config, facts: ModelFacts) -> int:
-    """Bytes that the doctor expects an update to take."""
-    from remax_megatron.doctor.machine import BYTES, GRADIENT, parameters
+def ledger(config: Config, facts: ModelFacts, row: tuple[int, int] | None = None) -> int:
+    """Bytes that the doctor expects an update to take, its optimizer step included, for the micro-batches counted."""
+    from remax_megatron.doctor import ledger as doctor
 
-    megatron = config.actor_rollout_ref.actor.megatron
-    tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    world_size = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    shards = world_size // (tp * pp) if megatron.use_distributed_optimizer else 1
-    weight, state = BYTES[megatron.dtype]
-    number = parameters(facts, tp, pp, megatron.virtual_pipeline_model_parallel_size or 1)
-    return number * (weight + GRADIENT) + number * state // shards
+    megatron, (rows, (prompt, answer)) = config.actor_rollout_ref.actor.megatron, full_rows(config, row)
+    with_te = megatron.layers == "transformer_engine"
+    stack = doctor.installed_stack(config)
+    if not with_te and not config.actor_rollout_ref.actor.share_prompts and megatron.dtype == "bfloat16":
+        stack = doctor.Stack("local", "varlen", fused_adam=False)
+    batch = doctor.MicroBatch(rows * (prompt + answer), rows * answer, 2 * megatron.pipeline_model_parallel_size)
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    held = with_setting(config, f"{MEGATRON}.optimizer_offload", False)  # nothing is released before this update
+    made = doctor.ledger(held, facts, ranks, batch=batch, stack=stack)
+    return max(made.peak("update"), made.peak("optimizer"))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -243,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if set(options.phases) - set(PHASES):
             raise ConfigError(f"--phases={','.join(options.phases)}: set it to some of {','.join(PHASES)}")
     found = count(config, facts, row=options.row, num_microbatches=options.micro_batches, phases=options.phases)
-    expected = ledger(config, facts)
+    expected = ledger(config, facts, options.row)
     worst = max(found, key=lambda counts: counts.peak_bytes)
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     print(

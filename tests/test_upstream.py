@@ -57,3 +57,22 @@ def test_cpu_platform():
     """parallel/cpu_platform.py replaces the random state of the GPU by that of the CPU."""
     assert arguments(megatron_random._get_cuda_rng_state) == ["device", "clone", "graph_safe"]
     assert arguments(megatron_random._set_cuda_rng_state) == ["new_state", "device", "graph_safe"]
+
+
+def test_gradient_norm():
+    """policy/gradient_norm.py takes the place of a function of Megatron's, with the same bits."""
+    import torch
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    from remax_megatron.policy.gradient_norm import l2_norm
+
+    assert clip_grads.l2_norm_impl is local_multi_tensor_l2_norm
+    torch.manual_seed(0)
+    tensors = [torch.randn(size) * 3**i for i, size in enumerate((1, 7, 64, 1000, 4097))]
+    flag = torch.zeros(1, dtype=torch.int)
+    found, _ = l2_norm(65536, flag, [tensors], False)
+    whole = torch.cat(tensors).double().norm()
+    torch.testing.assert_close(found.double().squeeze(), whole, rtol=1e-6, atol=0.0)
+    theirs = torch.norm(torch.tensor([float(torch.norm(tensor)) for tensor in tensors]))  # its formula, on the CPU
+    assert torch.equal(found.squeeze(), theirs)

@@ -31,6 +31,7 @@ from remax_megatron.model.layers import fuse_weight_gradients
 from remax_megatron.model.weights import WeightStream
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.policy import gradient_norm
 from remax_megatron.policy.offload import HostOffload, optimizer_tensors
 from remax_megatron.policy.packed_model import PackedModel, Scored
 from remax_megatron.policy.reference import Reference
@@ -127,6 +128,8 @@ class Policy(PackedModel):
         self.config.no_sync_func = (
             [chunk.no_sync for chunk in self.chunks] if len(self.chunks) > 1 else self.chunks[0].no_sync
         )
+        if layout.device.type == "cuda":
+            gradient_norm.use_on_gpu()
         self.optimizer = self._build_optimizer()
         self.optimizers = list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
         self.num_updates = 0

@@ -27,9 +27,9 @@ from remax_megatron.data.dataset import PromptDataset
 from remax_megatron.inputs import Inputs
 from remax_megatron.model import weights
 from remax_megatron.model.hf_folder import expected_shapes
-from remax_megatron.parallel import watchdog
 from remax_megatron.parallel.layout import init_distributed
-from remax_megatron.policy import training_state
+from remax_megatron.phases import PhaseTimer
+from remax_megatron.policy import offload, training_state
 from remax_megatron.policy.policy import Policy
 from remax_megatron.policy.training_state import TrainingState
 from remax_megatron.rollout import collect, engine
@@ -105,16 +105,17 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     run.check_shared = lambda config: None
     run.side_files = lambda *args: {}
     run.model_folder = lambda folder: folder
-    watchdog.phase = recorder.phase
     Policy._step = _in_phase_of_its_own(recorder, Policy._step)
+    # Locked through CUDA's runtime, which knows addresses; fake memory has none.
+    offload._page_locked_like = lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True)
     # Row numbers are computed with, not only shaped.
     training_state.shard_runs = _without_modes(training_state.shard_runs)
-    _teach(recorder, job)
     prompts = [
         Prompt(i, _tokens(job.lengths[0][0], i, job.facts), "fake", "") for i in range(config.data.train_batch_size)
     ]
     inputs = Inputs("fake", None, [], PromptDataset(prompts, len(prompts)), None)
-    return run._build(config, job.facts, inputs, "", None, device, job.rank == 0)
+    timer = PhaseTimer(around=(recorder.phase,))
+    return run._build(config, job.facts, inputs, "", None, device, job.rank == 0, timer)
 
 
 def _in_phase_of_its_own(recorder: Recorder, step: Callable) -> Callable:
@@ -142,24 +143,6 @@ def _gather(real: Callable, config: Config, parts: list, mine: Any, group: Any =
         parts[:] = [part if rank % size == 0 else [] for rank, part in enumerate(parts)]
 
 
-def _teach(recorder: Recorder, job: Job) -> None:
-    """What Megatron reads back of every micro-batch: lengths of rows and of messages. For micro-batches alike."""
-    actor = job.config.actor_rollout_ref.actor
-    tp = actor.megatron.tensor_model_parallel_size
-    multiple = tp if actor.megatron.sequence_parallel else 1
-    longest = max(prompt + response for prompt, response in job.lengths)
-    per_batch = max(1, actor.ppo_max_token_len_per_gpu // longest)
-    total = -(-per_batch * longest // multiple) * multiple
-
-    def row_lengths(frame: Any, shape: Any) -> list[int]:
-        return [total // shape[0]] * (shape[0] - 1) + [total - total // shape[0] * (shape[0] - 1)]
-
-    recorder.answers["p2p_communication.py", "_communicate_shapes"] = [total // multiple, 1, job.facts.hidden_size]
-    recorder.answers["rope_utils.py", "_apply_rotary_pos_emb_thd"] = lambda frame, shape: (
-        row_lengths(frame, shape) if shape else 0 if "has_packed_freqs" in frame.f_locals else total
-    )
-
-
 class _Weights:
     """A model folder by its shapes alone."""
 
@@ -177,7 +160,7 @@ class _Engine:
     """vLLM's place: takes every weight, answers with the job's lengths, and always agrees with the policy."""
 
     lengths: Sequence[tuple[int, int]] = ((16, 16),)
-    leads_replica, tokenizer = True, None
+    leads_replica, tokenizer, asleep_bytes = True, None, None
 
     def __init__(self, model_folder: str, tokenizer: Any, config: Any, **kwargs: Any):
         self.num_samples, self.greedy = config.n, kwargs["greedy"]
@@ -206,6 +189,9 @@ class _Engine:
     def _answer(self, i: int, reward: float = 1.0) -> Completion:
         length = self.lengths[i % len(self.lengths)][1]
         return Completion([5] * length, [1.0] * length, True, self.weight_version, reward=reward)
+
+    def unmapped_bytes(self) -> int:
+        return 0
 
     def sleep(self) -> None: ...
     def close(self) -> None: ...

@@ -146,7 +146,7 @@ def fused_attn_fwd(
 
 @_kernel
 def fused_attn_bwd(*args: Any) -> list:
-    q, k, v, out, grad = args[18:23]
+    q, k, v, out, grad = args[19:24]
     assert grad.shape == out.shape and grad.dtype == q.dtype, (grad.shape, out.shape, grad.dtype, q.dtype)
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)] + [None, None]
 
