@@ -15,10 +15,8 @@ MEGATRON = "actor_rollout_ref.actor.megatron"
 SMALL = (
     "data.max_prompt_length=17",
     "data.max_response_length=26",
-    "data.train_batch_size=8",
     "actor_rollout_ref.rollout.n=2",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=96",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=200",
     "trainer.val_before_train=False",
     "trainer.test_freq=-1",
     "trainer.save_freq=-1",
@@ -32,7 +30,9 @@ def small_config(*overrides: str, tp: int = 1, pp: int = 1, dp: int = 1) -> Conf
         f"{MEGATRON}.tensor_model_parallel_size={tp}",
         f"{MEGATRON}.pipeline_model_parallel_size={pp}",
         f"{MEGATRON}.sequence_parallel={tp > 1}",
+        f"actor_rollout_ref.rollout.tensor_model_parallel_size={tp * pp}",  # one engine for every replica of the policy
         f"trainer.n_gpus_per_node={tp * pp * dp}",
+        f"data.train_batch_size={4 * dp}",
     ]
     return load_config("qwen2_5_7b", [*SMALL, *sizes, *overrides]).config
 

@@ -199,7 +199,8 @@ def _replace_process_groups(recorder: Recorder) -> None:
         note("barrier", group)
 
     def batch_isend_irecv(operations: Sequence[Any]) -> list:
-        return [one.op(one.tensor, one.peer, one.group) for one in operations]
+        with recorder.batch():
+            return [one.op(one.tensor, one.peer, one.group) for one in operations]
 
     for function in (init_process_group, all_gather_object, broadcast_object_list, barrier, batch_isend_irecv):
         setattr(dist, function.__name__, function)
