@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-import pytest
-
-from tests.fake_cuda.scenario import MEGATRON, small_config, train
+from tests.fake_cuda.scenario import small_config, train
 from tests.stand_ins.fake_cuda.models import FACTS
 from tests.stand_ins.fake_cuda.processes import Job, Report, play_each
-from tests.stand_ins.fake_cuda.recorder import Collective
-from tests.stand_ins.fake_cuda.replay import Disagreement, replay
+from tests.stand_ins.fake_cuda.replay import replay
 
 
 def play_world(

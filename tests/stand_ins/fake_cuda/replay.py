@@ -20,7 +20,7 @@ class Disagreement(AssertionError):
 
 
 def replay(recorded: dict[int, list[Collective]]) -> int:
-    """Play the collectives of the ranks in `recorded` to their end; returns how many met. Disagreement if some do not."""
+    """Play the collectives of the ranks in `recorded` to their end; returns how many met, or raises Disagreement."""
     ranks = {rank: _Rank(calls) for rank, calls in recorded.items()}
     met, moved = 0, True
     while moved:
