@@ -10,20 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
 from remax_megatron.doctor.ledger import Ledger, MicroBatch, Stack, ledger
+from tests.stand_ins.fake_cuda.models import FACTS
 
 MEGATRON = "actor_rollout_ref.actor.megatron"
 RECOMPUTE = f"{MEGATRON}.override_transformer_config.recompute"
-FACTS = {  # layers, hidden, ffn, heads, key-value heads, head_dim, vocabulary, tied, positions: config.json on the hub
-    "0.5b": ModelFacts(24, 896, 4864, 14, 2, 64, 151936, True, 32768),
-    "1.5b": ModelFacts(28, 1536, 8960, 12, 2, 128, 151936, True, 32768),
-    "3b": ModelFacts(36, 2048, 11008, 16, 2, 128, 151936, True, 32768),
-    "7b": ModelFacts(28, 3584, 18944, 28, 4, 128, 152064, False, 32768),
-    "14b": ModelFacts(48, 5120, 13824, 40, 8, 128, 152064, False, 32768),
-    "32b": ModelFacts(64, 5120, 27648, 40, 8, 128, 152064, False, 32768),
-}
 
 
 @dataclass(frozen=True)
