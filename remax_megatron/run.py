@@ -171,6 +171,7 @@ def _build(
         recompute=recompute_of(config),
         correction=config.algorithm.rollout_correction,
         log=say,
+        timer=timer,
     )
     reference = None
     if needs_reference(config):
@@ -212,6 +213,7 @@ def _build(
         threshold=rollout.canary_threshold,
     )
     timer.probe = memory_probe(device, engine.unmapped_bytes)
+    timer.pop()  # what the start took is no step's
     pool = None
     if engine.leads_replica:
         custom, reward = config.custom_reward_function, config.reward

@@ -64,19 +64,19 @@ def test_saved_for_backward_by_hand():
     """7B at TP 2 under sequence parallelism, 10,000 tokens, 28 layers in bfloat16; bytes per token:
 
     residual stream and norms 4 x 2 x 3584 / 2, queries, keys, values and result of 14 heads 4 x 2 x 1792, the log of
-    their sums 4 x 14, cosines and sines 4 x 2 x 128, the MLP 3 x 2 x 18944 / 2; and the embedding 2 x 3584 / 2.
+    their sums 4 x 14, the MLP 3 x 2 x 18944 / 2; once, the embedding 2 x 3584 / 2 and cosines and sines 2 x 2 x 128.
     """
-    stream, attention, mlp = 3584, 14336 + 56 + 1024, 56832
+    stream, attention, mlp, rotation = 3584, 14336 + 56, 56832, 512
 
     def saved(granularity: str, *more: str, **kwargs) -> int:
         return made(f"{RECOMPUTE}_granularity={granularity}", *more, **kwargs).phases["update"]["saved for backward"]
 
-    assert saved("none") == 10_000 * (28 * (4 * stream + attention + mlp) + stream)
-    assert saved("selective") == 10_000 * (28 * (4 * stream + attention) + stream)
-    assert saved("full") == 10_000 * 29 * stream
-    assert saved("full", f"{RECOMPUTE}_num_layers=4") == 10_000 * 8 * stream
+    assert saved("none") == 10_000 * (28 * (4 * stream + attention + mlp) + stream + rotation)
+    assert saved("selective") == 10_000 * (28 * (4 * stream + attention) + stream + rotation)
+    assert saved("full") == 10_000 * (29 * stream + rotation)
+    assert saved("full", f"{RECOMPUTE}_num_layers=4") == 10_000 * (8 * stream + rotation)
     block = saved("full", f"{RECOMPUTE}_method=block", f"{RECOMPUTE}_num_layers=20")
-    assert block == 10_000 * (20 * stream + 8 * (4 * stream + attention + mlp) + stream)
+    assert block == 10_000 * (20 * stream + 8 * (4 * stream + attention + mlp) + stream + rotation)
     # Transformer Engine: two key heads are not repeated, one kernel rotates, and the norm is recomputed with the MLP.
     attention = 2 * 2 * (1792 + 256) + 56
     assert saved("none", stack=TE) == 10_000 * (28 * (4 * stream + attention + mlp) + stream)
@@ -91,7 +91,7 @@ def test_micro_batches_in_flight():
         batch = MicroBatch(10_000, 5_000, count)
         saved = made(*pipeline, stage=stage, batch=batch).phases["update"]["saved for backward"]
         vpp = 1 + any("virtual" in text for text in more)
-        return saved / (10_000 * 3584 * (28 // 4 / vpp + 1))
+        return saved / (10_000 * (3584 * (28 // 4 / vpp + 1) + 512))
 
     assert [in_flight(stage) for stage in range(4)] == [4, 3, 2, 1]
     assert in_flight(0, count=2) == 2
@@ -105,13 +105,13 @@ def test_the_micro_batch_is_full_of_the_longest_rows():
 
 
 def test_sync_and_canary():
-    """Twice 1 GiB or the whole embedding, and the engine's half of that; 256 prompt tokens' logits."""
+    """Twice 1 GiB, or the whole embedding and one of two ranks' share; the engine's half; 255 prompt tokens' logits."""
     phases = made().phases
     embedding = 2 * 152064 * 3584
     assert phases["sync"]["buckets"] == 2 * 2**30
-    assert made("actor_rollout_ref.rollout.sync_bucket_mb=100").phases["sync"]["buckets"] == embedding
+    assert made("actor_rollout_ref.rollout.sync_bucket_mb=100").phases["sync"]["buckets"] == embedding * 3 // 2
     assert phases["sync"]["module of the engine"] == embedding // 2
-    assert phases["canary"]["logits of the canary"] == int(2.5 * 4 * 256 * 152064)
+    assert phases["canary"]["logits of the canary"] == int(2.5 * 4 * 255 * 152064)
     assert phases["sync"]["engine"] == 0.4 * 80e9
 
 

@@ -41,6 +41,7 @@ def test_checkpoint_saver():
     assert f"self.results_queue = {make_queue}()" in inspect.getsource(writer.prepare_write_data)
     write = ["transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync", "kwargs"]
     assert arguments(writer.write_preloaded_data) == write
+    assert arguments(writer.preload_tensors) == ["write_buckets", "non_blocking"]
     returned = "[torch.distributed.get_rank(), self.write_buckets, self.results_queue]"
     assert returned in inspect.getsource(writer.get_save_function_and_args)
 

@@ -66,7 +66,9 @@ class _InThisProcess(TorchDistSaveShardedStrategy):
         _, buckets, results = request.async_fn_args
         transforms = [writer.transforms] if hasattr(writer, "transforms") else []
         write = functools.partial(_write_buckets, transforms)
-        return AsyncRequest(write, (results, buckets), request.finalize_fns, preload_fn=request.preload_fn)
+        # Megatron would copy through page-locked memory, in blocks of a power of two, which torch keeps to the end.
+        preload = functools.partial(writer.preload_tensors, buckets, False)
+        return AsyncRequest(write, (results, buckets), request.finalize_fns, preload_fn=preload)
 
 
 def _write_buckets(transforms: list, results: queue.Queue, buckets: list) -> None:

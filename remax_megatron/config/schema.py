@@ -163,7 +163,7 @@ class RolloutConfig:
     kv_cache_gib: float = 1.0  # CPU only: KV cache per rank; on a GPU gpu_memory_utilization rules
     enforce_eager: bool = False
     model_runner: str = "v1"  # v1 | v2, GPU only: vLLM's; v2 draws other tokens from the same seeds
-    sync_bucket_mb: int = 1024  # weight sync: whole tensors that are gathered at once, MiB; at least one tensor
+    sync_bucket_mb: int = 1024  # weight sync: MiB of weights that are gathered at once; twice that is held at most
     canary_threshold: float | None = None  # None: 1e-4 (maximum, float32) or 2e-2 (mean, bfloat16)
     mismatch_threshold: float | None = None  # mean |engine - policy| of a batch, nats; None: 1e-3 (float32), 0.2 (bf16)
     val_kwargs: ValKwargs = field(default_factory=ValKwargs)

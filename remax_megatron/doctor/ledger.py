@@ -26,6 +26,7 @@ from functools import cache
 
 from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config, needs_reference, recompute_of
+from remax_megatron.rollout.memory import canary_bytes, largest_module_bytes
 
 # Bytes of one parameter: its weight; Adam's two moments, and the fp32 master where the weight is not its own.
 BYTES = {"float32": (4, 8), "bfloat16": (2, 12)}
@@ -34,8 +35,6 @@ ASSUMED_CARD = 80 * 10**9  # bytes, where there is no GPU to ask
 MIB = 2**20
 HEAD_TILE = 64 * MIB  # bytes of a tile of float32 logits on a GPU; algorithm.logprob
 CUBLAS_WORKSPACE = 32 * MIB  # Transformer Engine's, on sm90: cpp_extensions/gemm.py
-CANARY_TOKENS = 256  # of a canary's prompt, at most
-CANARY_COPIES = 2.5  # of a prompt's float32 logits while vLLM 0.24 makes log-probabilities of them (seen 2.3 to 2.5)
 
 
 @dataclass(frozen=True)
@@ -240,20 +239,19 @@ class _Rank:
         return int(self.rollout.gpu_memory_utilization * self.card)
 
     def buckets(self) -> dict[str, int]:
-        """Of the weight stream (model.weights): a bucket and the whole tensors that are made from it, or one tensor
-        that is larger than both. And the module that vLLM builds anew from them before it replaces the old one."""
+        """Of the weight stream (model.weights): two buckets, or the largest tensor and one rank's share of it. And the
+        module that vLLM builds anew from them before it replaces the old one."""
         element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
-        hidden, ffn, *_ = self.widths()
-        largest = element * hidden * max(self.facts.vocab_size, 2 * ffn)
+        largest = element * self.facts.hidden_size * max(self.facts.vocab_size, 2 * self.facts.ffn_hidden_size)
+        share = largest // self.tp * (self.tp > 1)
         return {
-            "buckets": max(2 * self.rollout.sync_bucket_mb * MIB, largest),
-            "module of the engine": largest // self.rollout.tensor_model_parallel_size,
+            "buckets": max(2 * self.rollout.sync_bucket_mb * MIB, largest + share),
+            "module of the engine": largest_module_bytes(self.facts, self.rollout.tensor_model_parallel_size, element),
         }
 
     def canary(self) -> dict[str, int]:
         """vLLM makes the log-probabilities of a whole prompt at once, beside what it has set aside."""
-        tokens = min(CANARY_TOKENS, self.config.data.max_prompt_length)
-        return {"logits of the canary": int(CANARY_COPIES * 4 * tokens * self.facts.vocab_size)}
+        return {"logits of the canary": canary_bytes(self.facts, self.config.data.max_prompt_length)}
 
     # -- forward and backward --------------------------------------------------------------------------------------
 
@@ -279,7 +277,12 @@ class _Rank:
             if recompute.method == "uniform":
                 inputs, layers = math.ceil(layers / recompute.num_layers), 0
         whole = max(layers - inputs, 0) * (self.layer() - self.recomputed())
-        return self.batch.tokens * (whole + (inputs + 1) * self.stream())
+        return self.batch.tokens * (whole + (inputs + 1) * self.stream() + self.rotation())
+
+    def rotation(self) -> int:
+        """Bytes of a token's cosines and sines, which all layers share; Transformer Engine's kernel takes none."""
+        fused = "transformer_engine" in (self.stack.layers, self.stack.attention)
+        return 0 if fused else 2 * self.element * self.facts.head_dim
 
     def stream(self) -> int:
         """Bytes of a token's hidden state between two layers."""
@@ -303,8 +306,7 @@ class _Rank:
         return (5 if self.stack.on_cpu else 3) * self.element * self.facts.ffn_hidden_size // self.tp
 
     def attention(self) -> int:
-        """Queries, keys, values and the result, the log of the softmax's sum in float32, and without Transformer
-        Engine's kernel the cosines and sines that queries and keys were rotated by."""
+        """Queries, keys, values and the result, and the log of the softmax's sum in float32."""
         _, _, queries, keys = self.widths()
         heads, queries = self.facts.num_attention_heads // self.tp, queries // self.tp
         keys = max(keys // self.tp, self.facts.head_dim)  # a rank has one group at least
@@ -312,8 +314,7 @@ class _Rank:
             "transformer_engine": 2 * queries + 2 * keys,
             "varlen": 4 * queries,  # keys and values are repeated for every head of their group
         }.get(self.stack.attention, 3 * queries + 3 * keys)  # values lie in the product of linear_qkv, which stays
-        angles = 0 if "transformer_engine" in (self.stack.layers, self.stack.attention) else 4 * self.facts.head_dim
-        return self.element * (width + angles) + 4 * heads
+        return self.element * width + 4 * heads
 
     def recomputed(self) -> int:
         """Bytes per token and layer that selective recompute does not save."""

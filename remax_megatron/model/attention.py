@@ -35,12 +35,18 @@ class PackedRows(PackedSeqParams):
 
     `segments[i]` is (prompt tokens, [tokens of each answer behind it]); a segment without answers is one causal row.
     `row_cu_seqlens` [rows + 1] int32, on the device, is where the rows begin and end; with shared prompts it has no
-    meaning. Megatron's own `cu_seqlens_*` say how it rotates queries and keys; see `packed_rows`.
+    meaning. Megatron's own `cu_seqlens_*` say which rows Transformer Engine rotates; see `packed_rows`. Without them
+    `rotation`, set by `rotate_by`, is what the attention rotates queries and keys by.
     """
 
     segments: Segments | None = None
     row_cu_seqlens: Tensor | None = None
     angles_per_token: bool = False
+    rotation: tuple[Tensor, Tensor] | None = None
+
+    def rotate_by(self, angles_T1D: Tensor, dtype: torch.dtype) -> None:
+        """Let the attention rotate by these angles, in radians: cosines and sines in `dtype`, once for all layers."""
+        self.rotation = angles_T1D.cos().to(dtype), angles_T1D.sin().to(dtype)
 
 
 def packed_rows(
@@ -49,8 +55,8 @@ def packed_rows(
     """The `PackedRows` of segments that begin and end at `cu_seqlens` [segments + 1] int32, on the device.
 
     With `fused_rotation` one kernel of Transformer Engine rotates the rows that `cu_seqlens_q` names: all tokens are
-    one row under shared prompts, with angles that come per token. Without it there is no `cu_seqlens_q`, and Megatron
-    rotates all tokens at once by angles per token.
+    one row under shared prompts, with angles that come per token. Without it there is no `cu_seqlens_q`, and the
+    attention rotates all tokens at once by angles per token.
     """
     named = None
     if fused_rotation:
@@ -110,8 +116,16 @@ class _PackedAttention(torch.nn.Module):
         packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
         assert packed_seq_params is not None, "the policy only runs packed micro-batches"
+        if packed_seq_params.rotation is not None:
+            query_TND, key_TKD = (_rotated(x, *packed_seq_params.rotation) for x in (query_TND, key_TKD))
         out_TND = self.attend(query_TND, key_TKD, value_TKD, packed_seq_params)
         return out_TND.reshape(out_TND.shape[0], -1)
+
+
+def _rotated(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of halves, as Megatron's rope_utils.py adds it up."""
+    first, second = x_THD.chunk(2, dim=-1)
+    return x_THD * cos_T1D + torch.cat([-second, first], dim=-1) * sin_T1D
 
 
 class SdpaPerRow(_PackedAttention):

@@ -28,14 +28,15 @@ class HiddenStatesModel(GPTModel):
     """GPTModel that returns the final-norm hidden states [T, 1, H] (cut over ranks under sequence parallelism)."""
 
     def _preprocess(self, input_ids, position_ids, *args, packed_seq_params: PackedRows, **kwargs):
-        """Where the rotation is by token, the angles (index 1 of the result) are those of `position_ids`: made once
-        for all layers. Megatron's own way (0.16.1, 0.19.2: rope_utils.py, `_apply_rotary_pos_emb_thd`) reads the
-        lengths of the rows back from the device and rotates row by row, in every layer."""
+        """Where the rotation is by token, the angles (index 1 of the result) are those of `position_ids`; None where
+        the attention rotates. Megatron's own way (0.16.1, 0.19.2: rope_utils.py, `_apply_rotary_pos_emb_thd`) reads
+        the lengths of the rows back from the device and rotates row by row, in every layer."""
         made = list(super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs))
         if packed_seq_params.angles_per_token:
-            made[1] = made[1].index_select(0, position_ids[0])
-            if packed_seq_params.cu_seqlens_q is None:
-                made[1] = made[1].squeeze(1)  # [T, 1, head_dim], as [T, heads, head_dim] is rotated
+            made[1] = made[1].index_select(0, position_ids[0])  # [T, 1, 1, head_dim]
+        if packed_seq_params.cu_seqlens_q is None:
+            packed_seq_params.rotate_by(made[1].squeeze(1), self.config.params_dtype)
+            made[1] = None
         return tuple(made)
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:

@@ -87,8 +87,9 @@ class WeightStream:
         bucket_bytes: int,
         make_ready: Callable[[], None] = lambda: None,
     ):
-        """`bucket_bytes` bounds the whole tensors of a bucket, if it holds more than one; `make_ready` is called
-        before the weights are read, on every rank."""
+        """A pass holds at most twice `bucket_bytes` at a time, with the tensor that its consumer got last, as long as
+        the largest tensor and one rank's share of it are no more; `make_ready` is called before the weights are read,
+        on every rank."""
         self._parameters = [table_parameters(chunk) for chunk in chunks]
         self._facts, self._layout, self._dtype, self._make_ready = facts, layout, dtype, make_ready
         self._buckets = self._plan(bucket_bytes)
@@ -96,17 +97,22 @@ class WeightStream:
         self.num_bytes = numel * dtype.itemsize
 
     def _plan(self, bucket_bytes: int) -> list[_Bucket]:
-        limit = max(1, bucket_bytes // self._dtype.itemsize // self._layout.tp)
+        """Buckets whose whole tensors and share fit `bucket_bytes`, and beside the largest tensor, which may have a
+        bucket of its own, twice that: the last tensor of the bucket before may be alive, and with it the bucket."""
+        tp = self._layout.tp
         by_stage: dict[int, list] = {stage: [] for stage in range(self._layout.pp)}
         for entry in weight_table(self._facts):
             stage, chunk, name = owner(entry, self._facts.num_layers, self._layout.pp, self._layout.vpp)
-            by_stage[stage].append((entry, chunk, name, shard_shape(entry, self._facts, self._layout.tp)))
+            shape = shard_shape(entry, self._facts, tp)
+            by_stage[stage].append((entry, chunk, name, shape, torch.Size(shape).numel()))
+        room = bucket_bytes // self._dtype.itemsize // (tp + (tp > 1))  # for a share and all that are gathered
+        largest = max(size for items in by_stage.values() for *_, size in items)
+        limit = min(room, 2 * room - largest)
         buckets = []
         for stage, items in by_stage.items():
             slots: list = []
             numel = 0
-            for entry, chunk, name, shape in items:
-                size = torch.Size(shape).numel()
+            for entry, chunk, name, shape, size in items:
                 if slots and numel + size > limit:
                     buckets.append(_Bucket(stage, numel, slots))
                     slots, numel = [], 0

@@ -13,17 +13,21 @@ from torch import Tensor
 
 
 class HostOffload:
-    """Moves tensors that own their storage to the host and back. A host copy is made once and used again."""
+    """Moves tensors that own their storage to the host and back. A host copy is made once and used again.
+
+    `is_away` is True between a release and its restore, also where a rank had nothing to release.
+    """
 
     def __init__(self) -> None:
+        self.is_away = False
         self._host: dict[Tensor, Tensor] = {}
         self._away: list[Tensor] = []
 
     @torch.no_grad()
     def release(self, tensors: Iterable[Tensor]) -> None:
         """Copy `tensors` to the host and give up their device memory; waits once, for all copies."""
-        assert not self._away, "the tensors are already on the host"
-        self._away = list(tensors)
+        assert not self.is_away, "the tensors are already on the host"
+        self.is_away, self._away = True, list(tensors)
         for tensor in self._away:
             if tensor not in self._host:
                 self._host[tensor] = _page_locked_like(tensor)
@@ -42,7 +46,7 @@ class HostOffload:
         for tensor in self._away:
             tensor.untyped_storage().resize_(tensor.nbytes)
             tensor.copy_(self._host[tensor], non_blocking=True)
-        self._away = []
+        self.is_away, self._away = False, []
 
     def current(self, tensor: Tensor) -> Tensor:
         """`tensor` where its values are now: itself, or its copy on the host."""

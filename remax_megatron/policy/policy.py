@@ -31,6 +31,7 @@ from remax_megatron.model.layers import fuse_weight_gradients
 from remax_megatron.model.weights import WeightStream
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.phases import PhaseTimer
 from remax_megatron.policy import gradient_norm
 from remax_megatron.policy.offload import HostOffload, optimizer_tensors
 from remax_megatron.policy.packed_model import PackedModel, Scored
@@ -96,11 +97,13 @@ class Policy(PackedModel):
         recompute: Recompute = NO_RECOMPUTE,
         correction: RolloutCorrection | None = None,
         log: Callable[[str], None] = lambda line: None,
+        timer: PhaseTimer | None = None,
     ):
         super().__init__(
             facts, layout, actor, model_folder=model_folder, temperature=temperature, recompute=recompute, log=log
         )
         self.correction = correction or RolloutCorrection()
+        self._timer = timer or PhaseTimer()
         megatron = actor.megatron
         overlap_reduce, overlap_gather = megatron.overlap_grad_reduce, megatron.overlap_param_gather
         if overlap_reduce is None:
@@ -312,7 +315,9 @@ class Policy(PackedModel):
         The ranks agree on the verdict: one that sees a reason where others see none stops them all. Master weights,
         moments and `num_updates` are those of steps that were made; gradients begin at 0 in every update.
         """
-        self._offload.restore()
+        if self._offload.is_away:
+            with self._timer.phase("restore", queued=True):
+                self._offload.restore()
         with cpu_platform.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
@@ -384,11 +389,12 @@ class Policy(PackedModel):
         if self.layout.device.type != "cuda" or self._released:
             return
         self._released = True
-        if self.actor.megatron.grad_offload:
-            for chunk in self.chunks:
-                chunk.offload_grad_buffers()
-        if self.actor.megatron.optimizer_offload:
-            self.offload_optimizer()
+        with self._timer.phase("offload"):
+            if self.actor.megatron.grad_offload:
+                for chunk in self.chunks:
+                    chunk.offload_grad_buffers()
+            if self.actor.megatron.optimizer_offload:
+                self.offload_optimizer()
 
     def offload_optimizer(self) -> None:
         """Move master weights and moments to the host; the next update's step brings them back."""

@@ -64,8 +64,8 @@ class Bridge:
         bucket_bytes: int,
         threshold: float | None,
     ):
-        """`dtype` is the engine's, "float32" or "bfloat16"; `bucket_bytes` bounds one rank's share of a bucket;
-        `threshold` in nats, None for THRESHOLD's. No collectives."""
+        """`dtype` is the engine's, "float32" or "bfloat16"; `bucket_bytes` is that of `WeightStream`; `threshold` in
+        nats, None for THRESHOLD's. No collectives."""
         self.policy, self.engine = policy, engine
         # Either side's bfloat16 decides: rounding is what the limit has to leave room for.
         rounding = "float32" if dtype == "float32" and policy.dtype == torch.float32 else "bfloat16"

@@ -12,13 +12,13 @@ CANARY_TOKENS = 256  # of a canary's prompt: its logits exist at once, over the 
 _VOCABULARY_BLOCK = 64  # rows, to a multiple of which vLLM pads the vocabulary
 
 
-def canary_bytes(facts: ModelFacts) -> int:
-    """The logits of the longest canary prompt in float32, two and a half times.
+def canary_bytes(facts: ModelFacts, longest_prompt: int) -> int:
+    """The logits of the canary's prompt in float32, two and a half times; prompts have `longest_prompt` tokens at most.
 
     vLLM 0.24 scores prompts one after another and not in chunks (gpu_model_runner.py, _get_prompt_logprobs_dict):
     logits, their log-softmax and what ranks the tokens live together. On each rank; under tensor parallelism too.
     """
-    return int(2.5 * (CANARY_TOKENS - 1) * facts.vocab_size * 4)
+    return int(2.5 * (min(CANARY_TOKENS, longest_prompt) - 1) * facts.vocab_size * 4)
 
 
 def largest_module_bytes(facts: ModelFacts, tp: int, itemsize: int) -> int:
