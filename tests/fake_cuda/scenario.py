@@ -21,6 +21,7 @@ SMALL = (
     "trainer.test_freq=-1",
     "trainer.save_freq=-1",
     "trainer.export_hf=False",
+    "trainer.total_training_steps=1",
 )
 
 
