@@ -192,7 +192,9 @@ def _replace_process_groups(recorder: Recorder) -> None:
         note("all_gather_object", group)
         parts[:] = [mine] * len(parts)
 
-    def gather_object(obj: Any, object_gather_list: list | None = None, dst: int | None = None, group: Any = None) -> None:
+    def gather_object(
+        obj: Any, object_gather_list: list | None = None, dst: int | None = None, group: Any = None
+    ) -> None:
         note("gather_object", group, dst)
         if object_gather_list is not None:
             object_gather_list[:] = [obj] * len(object_gather_list)
