@@ -35,8 +35,8 @@ def in_reward(kind: str) -> tuple[str, ...]:
 
 
 def filled(prompts: int) -> tuple[str, ...]:
-    """One row in each micro-batch, and more of them than stages."""
-    return (f"data.train_batch_size={prompts}", f"{ACTOR}.ppo_max_token_len_per_gpu=48")
+    """One or two rows in each micro-batch, and more of them than stages."""
+    return (f"data.train_batch_size={prompts}", f"{ACTOR}.ppo_max_token_len_per_gpu=52")
 
 
 def updates_of(prompts: int) -> tuple[str, ...]:
@@ -100,14 +100,14 @@ WHOLE = [
     World(tp=4, dp=2, te=True, tied=True, overrides=(*updates_of(1), *in_reward("low_var_kl"), REFERENCE_OFFLOAD)),
     World(tp=2, pp=2, dp=2, overrides=(*SAVE, *OFFLOADS, *filled(8), *in_loss("mse+")), lengths=UNEVEN),
     World(tp=2, pp=2, vpp=2, te=True, tied=True, overrides=(*SAVE_BESIDE, *in_reward("kl"))),
-    World(pp=2, vpp=2, dp=4, overrides=updates_of(1), lengths=UNEVEN),
+    World(pp=2, vpp=2, dp=4, overrides=(*updates_of(1), "data.train_batch_size=4"), lengths=UNEVEN),
     World(pp=4, dp=2, tied=True, overrides=(*in_reward("full"), *NO_OVERLAP, *filled(6)), act=refuse),
     World(tp=8, overrides=(*in_loss("low_var_kl+"), *OFFLOADS)),
     World(pp=8, te=True, overrides=SAVE, lengths=UNEVEN),
     World(tp=4, pp=4, dp=4, overrides=updates_of(4)),
 ]
 SAMPLED = [
-    World(tp=8, pp=8, vpp=2, dp=16, te=True, overrides=(*SAVE, *in_loss("k2"))),
+    World(tp=8, pp=8, dp=16, te=True, overrides=(*SAVE, *in_loss("k2"), f"{ACTOR}.ppo_max_token_len_per_gpu=256")),
     World(tp=8, dp=128, overrides=OFFLOADS, act=refuse),
     World(dp=512, te=True, tied=True, lengths=UNEVEN),
 ]
