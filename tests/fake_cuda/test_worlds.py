@@ -107,7 +107,7 @@ WHOLE = [
     World(tp=4, pp=4, dp=4, overrides=updates_of(4)),
 ]
 SAMPLED = [
-    World(tp=8, pp=8, dp=16, te=True, overrides=(*SAVE, *in_loss("k2"), f"{ACTOR}.ppo_max_token_len_per_gpu=256")),
+    World(tp=8, pp=8, dp=16, te=True, overrides=(*SAVE, *in_loss("k2"), f"{ACTOR}.ppo_max_token_len_per_gpu=512")),
     World(tp=8, dp=128, overrides=OFFLOADS, act=refuse),
     World(dp=512, te=True, tied=True, lengths=UNEVEN),
 ]

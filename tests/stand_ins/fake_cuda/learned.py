@@ -7,6 +7,7 @@ that to its parent, whose later children then know it.
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -15,13 +16,13 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode, _DispatchCacheKey
 
 
-def known() -> set:
-    return set(FakeTensorMode.cache)
+def num_known() -> int:
+    return len(FakeTensorMode.cache)
 
 
-def pack(before: set) -> bytes:
-    """All that is known now and was not `before`."""
-    new = [(key.key, entry) for key, entry in FakeTensorMode.cache.items() if key not in before]
+def pack(num_known: int) -> bytes:
+    """All that was learned since `num_known` shapes were known."""
+    new = [(key.key, entry) for key, entry in itertools.islice(FakeTensorMode.cache.items(), num_known, None)]
     file = io.BytesIO()
     _Pickler(file).dump(new)
     return file.getvalue()

@@ -140,8 +140,8 @@ def _play_into(sender: Connection, job: Job) -> None:
     from tests.stand_ins.fake_cuda import learned
     from tests.stand_ins.fake_cuda.rank import play
 
-    before = learned.known()
-    sender.send((play(job), learned.pack(before)))
+    num_known = learned.num_known()
+    sender.send((play(job), learned.pack(num_known)))
 
 
 def _received(receiver: Connection, rank: int) -> Report:
