@@ -140,6 +140,10 @@ class Engine:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
+    def resume_at(self, weight_version: int) -> None:
+        """Let the next `reload`, which sends the weights of that version once more, bear its number."""
+        self.weight_version = weight_version - 1
+
     def reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights by `weights` (Hugging Face names, whole tensors) and forget the prefix cache.
 
