@@ -75,23 +75,14 @@ def build_trainer(start: Start) -> Trainer:
     """The training loop over all parts, in the state of the checkpoint where there is one."""
     layout = build_layout(start)
     writer = build_writer(start, layout.rank)
-    policy = build_policy(start, layout)
-    reference = build_reference(start, layout) if needs_reference(start.config) else None
-    training_state = TrainingState(policy)
-    if start.checkpoint:
-        folder, state = start.checkpoint
-        restore_optimizer(state, folder, training_state)
-    policy.release_training_memory()  # vLLM measures what is free when it starts
+    learner, training_state = build_learner(start, layout)
     engine = build_engine(start)
-    learner = Learner(start.config, policy, reference, start.timer)
     if start.checkpoint:
         restore(start.checkpoint[1], learner, engine)
-    start.timer.probe = memory_probe(start.device, engine.unmapped_bytes)
-    start.timer.pop()  # the start counts to no step
     return Trainer(
         config=start.config,
         learner=learner,
-        bridge=build_bridge(start, policy, engine),
+        bridge=build_bridge(start, learner.policy, engine),
         collector=build_collector(start, engine),
         train_prompts=start.inputs.train_prompts,
         val_prompts=start.inputs.val_prompts,
@@ -135,23 +126,28 @@ def build_writer(start: Start, rank: int) -> MetricsWriter | None:
     return writer
 
 
-def build_policy(start: Start, layout: Layout) -> Policy:
-    """The policy with the checkpoint's weights, or the model's."""
-    folder = start.checkpoint[0] if start.checkpoint else start.inputs.model_folder
-    return Policy(start.facts, layout, PolicySettings.of(start.config), str(folder), start.timer)
-
-
-def build_reference(start: Start, layout: Layout) -> Reference:
-    """The reference policy, which has the model's weights in resumed runs, too."""
-    offload = start.config.actor_rollout_ref.ref.megatron.param_offload
-    settings = PolicySettings.of(start.config)
-    return Reference(start.facts, layout, settings, start.inputs.model_folder, offload=offload)
+def build_learner(start: Start, layout: Layout) -> tuple[Learner, TrainingState]:
+    """The policy with the checkpoint's weights and optimizer, or the model's weights, and what learns with it; the
+    reference policy has the model's weights always."""
+    config, model = start.config, start.inputs.model_folder
+    settings = PolicySettings.of(config)
+    folder = start.checkpoint[0] if start.checkpoint else model
+    policy = Policy(start.facts, layout, settings, str(folder), start.timer)
+    reference = None
+    if needs_reference(config):
+        offload = config.actor_rollout_ref.ref.megatron.param_offload
+        reference = Reference(start.facts, layout, settings, model, offload=offload)
+    training_state = TrainingState(policy)
+    if start.checkpoint:
+        restore_optimizer(start.checkpoint[1], start.checkpoint[0], training_state)
+    policy.release_training_memory()  # vLLM measures what is free when it starts
+    return Learner(config, policy, reference, start.timer), training_state
 
 
 def build_engine(start: Start) -> Engine:
-    """vLLM in this rank."""
+    """vLLM in this rank. From here on the timer knows its memory, and what came before counts to no step."""
     config, inputs = start.config, start.inputs
-    return Engine(
+    engine = Engine(
         inputs.model_folder,
         inputs.tokenizer,
         config.actor_rollout_ref.rollout,
@@ -164,6 +160,9 @@ def build_engine(start: Start) -> Engine:
         stop_token_ids=inputs.stop_token_ids,
         greedy=get_estimator(config.algorithm.adv_estimator).needs_greedy,
     )
+    start.timer.probe = memory_probe(start.device, engine.unmapped_bytes)
+    start.timer.pop()
+    return engine
 
 
 def build_bridge(start: Start, policy: Policy, engine: Engine) -> Bridge:

@@ -1,6 +1,6 @@
 """What a run reads: the model's folder and the prompts, found (or made, or downloaded) and checked.
 
-Inputs are prepared before any process group or engine exists, so that what a user can mend is one `error:` line.
+Inputs are prepared before any process group or engine exists, so that what a user can fix is one `error:` line.
 """
 
 from __future__ import annotations

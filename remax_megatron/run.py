@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -47,33 +47,34 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
     set_up_logging(is_first=is_first, with_information="console" in config.trainer.logger)
     with reported_errors():
         inputs = prepare_inputs(config, facts)
-    if is_first:
-        for note in notes:
-            print("note:", note, flush=True)
+    for note in notes if is_first else ():
+        print("note:", note, flush=True)
+    device = _join_ranks(config)
+    timer = _timer(config, device)
+    with ExitStack() as clean_up:
+        clean_up.callback(cpu_platform.remove_own_shared_memory)
+        with ends_all_ranks(clean_up.close), explained(config, facts, device, lambda: timer.failed_in):
+            watchdog.start(config.trainer.watchdog_timeout_s, clean_up.close)
+            digest = check_ranks_agree(config, inputs)
+            lock_run_folder(config)
+            checkpoint = _checkpoint(config, inputs, digest)
+            from remax_megatron.build import Start, build_trainer  # Megatron needs what init_distributed has prepared
+
+            trainer = build_trainer(Start(config, facts, inputs, digest, checkpoint, device, timer))
+            if trainer.collector.pool is not None:
+                clean_up.callback(trainer.collector.pool.close)
+            _train(trainer, inputs.model_folder)
+            clean_up.close()
+            _leave()
+
+
+def _join_ranks(config: Config) -> torch.device:
+    """Join the process group; returns this rank's device. What dead runs left in shared memory is removed."""
     device = init_distributed(config.trainer.device, config.trainer.collective_timeout_s)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         cpu_platform.remove_dead_shared_memory()
-    cleanups: list[Callable[[], None]] = [cpu_platform.remove_own_shared_memory]
-
-    def clean_up() -> None:
-        for cleanup in cleanups:
-            cleanup()
-
     record_history(device)
-    timer = _timer(config, device)
-    with ends_all_ranks(clean_up), explained(config, facts, device, lambda: timer.failed_in):
-        watchdog.start(config.trainer.watchdog_timeout_s, clean_up)
-        digest = check_ranks_agree(config, inputs)
-        lock_run_folder(config)
-        checkpoint = _checkpoint(config, inputs, digest)
-        from remax_megatron.build import Start, build_trainer  # Megatron needs what init_distributed has prepared
-
-        trainer = build_trainer(Start(config, facts, inputs, digest, checkpoint, device, timer))
-        if trainer.collector.pool is not None:
-            cleanups.append(trainer.collector.pool.close)
-        _train(trainer, inputs.model_folder)
-        cpu_platform.remove_own_shared_memory()
-        _leave()
+    return device
 
 
 def _checkpoint(config: Config, inputs: Inputs, prompts_digest: str) -> tuple[Path, RunState] | None:

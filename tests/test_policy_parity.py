@@ -90,7 +90,7 @@ def logits_of(policy, rows: list[Row]) -> list[torch.Tensor] | None:
     policy._score = capture
     policy.logprobs(rows)
     policy._score = score
-    mine = found if policy.layout.speaks_for_replica else {}
+    mine = found if policy.layout.reports_for_replica else {}
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     together = {row: logits for part in parts for row, logits in part.items()}

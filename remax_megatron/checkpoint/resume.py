@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint, whether it is sound, and whether the settings still mean the same run."""
+"""Resuming a run: which checkpoint, whether it is sound, and whether the settings still mean the same run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from remax_megatron.parallel.first_rank import from_first_rank
 
 log = logging.getLogger(__name__)
 
-# Settings that may change when a run is gone on with: where and how fast it computes, how long, what it shows. Groups
+# Settings that may change when a run is resumed: where and how fast it computes, how long, what it shows. Groups
 # end with a dot. All others say what is computed.
 FREE = (
     "trainer.",
@@ -83,9 +83,9 @@ def find_checkpoint(config: Config, root: Path) -> tuple[Path, RunState] | None:
             log.warning("%s: passed over, an earlier checkpoint is tried", problem)
     if not problems:
         return None
-    mend = "name another checkpoint" if trainer.resume_mode == "path" else "no other one is sound"
+    fix = "name another checkpoint" if trainer.resume_mode == "path" else "no other one is sound"
     raise CheckpointError(
-        f"trainer.resume_mode={trainer.resume_mode}: {problems[-1]}; {mend}, or set trainer.resume_mode=disable to "
+        f"trainer.resume_mode={trainer.resume_mode}: {problems[-1]}; {fix}, or set trainer.resume_mode=disable to "
         "begin anew"
     )
 

@@ -230,7 +230,7 @@ class Saver:
         shutil.rmtree(partial_folder(self.root, step), ignore_errors=True)
         raise CheckpointError(
             f"trainer.default_local_dir: the checkpoint of step {step} could not be written ({error}); make room or "
-            "mend the disk: the checkpoints before it are whole, and trainer.resume_mode=auto goes on from the last one"
+            "fix the disk: the checkpoints before it are whole, and trainer.resume_mode=auto resumes from the last one"
         )
 
     @contextlib.contextmanager

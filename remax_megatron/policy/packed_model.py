@@ -109,7 +109,7 @@ class PackedModel:
 
         def collect(batch: PackedBatch, scored: Scored) -> Tensor:
             value_R = value(batch, scored)
-            if self.layout.speaks_for_replica:
+            if self.layout.reports_for_replica:
                 parts = value_R.split(batch.response_lengths) if batch.rows else []
                 for row, part in zip(batch.rows, parts, strict=True):
                     flat[offsets[row] : offsets[row] + len(part)] = part

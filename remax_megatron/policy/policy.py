@@ -18,7 +18,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from remax_megatron.algorithm.logprob import head_full_kl
-from remax_megatron.algorithm.objective import MISMATCH, Terms
+from remax_megatron.algorithm.objective import MISMATCH, Objective, Terms
 from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
 from remax_megatron.config.model_facts import ModelFacts
@@ -176,16 +176,13 @@ class Policy(PackedModel):
         if full:
             assert reference is not None, "the full KL needs the reference policy"
             states = reference.hidden_states(rows, schedule)
-        names = self._objective.names
-        sums, maxima = (torch.zeros(len(one), dtype=torch.float64, device=self.layout.device) for one in names)
-        finite: list[tuple[list[int], list[int], Tensor]] = []  # rows, their lengths, is the token's loss finite [R]
+        totals = _Totals(self._objective, self.layout.device)
 
         def loss(batch: PackedBatch, scored: Scored) -> Tensor:
             kl_R = self._full_kl(batch, scored, reference, states) if reference is not None and full else None
             terms = self._objective(batch, scored.logprob_R, scored.entropy_R, kl_R)
-            if self.layout.speaks_for_replica and scored.logprob_R.numel():
-                finite.append((batch.rows, batch.response_lengths, terms.finite_R))
-                _add_up(terms, sums, maxima)
+            if self.layout.reports_for_replica and scored.logprob_R.numel():
+                totals.add(batch, terms)
             return terms.total
 
         self._restore_gradients()
@@ -195,15 +192,8 @@ class Policy(PackedModel):
         learning_rate = self._set_hyperparameters()
         with reference.on_device() if reference is not None and full else nullcontext():
             self._run(rows, schedule, loss, forward_only=False)
-        dist.all_reduce(sums)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        values = torch.cat([sums, maxima]).tolist()  # the host waits for the device once
         num_response_tokens = sum(len(row.response_ids) for row in rows)
-        metrics = self._objective.metrics(
-            dict(zip(names[0], values, strict=False)),
-            dict(zip(names[1], values[len(names[0]) :], strict=True)),
-            num_response_tokens,
-        )
+        metrics = totals.metrics(num_response_tokens)
         grad_norm, skipped = self._step(metrics["actor/loss"], metrics[MISMATCH], mismatch_limit)
         num_computed = sum(self.num_computed_tokens(rows, batch) for rank in schedule for batch in rank)
         num_microbatches = len(schedule[0])
@@ -218,7 +208,7 @@ class Policy(PackedModel):
             num_microbatches=num_microbatches,
             fill=num_computed / (num_microbatches * self.layout.dp * self._microbatch_capacity(rows)),
             skipped=skipped,
-            nonfinite_rows=_rows_not_finite(finite) if skipped else [],
+            nonfinite_rows=totals.nonfinite_rows() if skipped else [],
         )
 
     def _step(self, loss: float, mismatch: float, mismatch_limit: float | None) -> tuple[float, Skip]:
@@ -329,22 +319,43 @@ class Policy(PackedModel):
         return WeightStream(self.bare_chunks, self.facts, self.layout, dtype, bucket_bytes, self.gather_weights)
 
 
-def _add_up(terms: Terms, sums: Tensor, maxima: Tensor) -> None:
-    """Add the terms of a micro-batch to the `sums` and `maxima` [names] float64 of an update, in place."""
-    sums.add_(torch.stack(list(terms.sums.values())))
-    # A maximum with NaN may come out differently on every rank; infinity may not.
-    largest = torch.stack(list(terms.maxima.values())).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    torch.maximum(maxima, largest, out=maxima)
+class _Totals:
+    """What an update's micro-batches add up to: sums, maxima, and which tokens have a loss that is finite."""
 
+    def __init__(self, objective: Objective, device: torch.device):
+        self._objective = objective
+        self._sums, self._maxima = (
+            torch.zeros(len(one), dtype=torch.float64, device=device) for one in objective.names
+        )
+        self._finite: list[tuple[PackedBatch, Tensor]] = []  # with [R] bool
 
-def _rows_not_finite(finite: Sequence[tuple[list[int], list[int], Tensor]]) -> list[int]:
-    """The rows of all ranks' micro-batches that have a token whose loss is not finite, in order. Collective."""
-    mine = [
-        row
-        for rows, lengths, finite_R in finite
-        for row, part in zip(rows, finite_R.split(lengths), strict=True)
-        if not part.all()
-    ]
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return sorted({row for part in parts for row in part})
+    def add(self, batch: PackedBatch, terms: Terms) -> None:
+        """Add a micro-batch; nothing is read back from the device."""
+        self._finite.append((batch, terms.finite_R))
+        self._sums.add_(torch.stack(list(terms.sums.values())))
+        # A maximum with NaN may come out differently on every rank; infinity may not.
+        maxima = torch.stack(list(terms.maxima.values())).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        torch.maximum(self._maxima, maxima, out=self._maxima)
+
+    def metrics(self, num_tokens: int) -> dict[str, float]:
+        """The objective's metrics over all ranks' micro-batches, with `num_tokens` response tokens. Collective."""
+        dist.all_reduce(self._sums)
+        dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
+        values = torch.cat([self._sums, self._maxima]).tolist()  # the host waits for the device once
+        of_sums, of_maxima = self._objective.names
+        sums, maxima = values[: len(of_sums)], values[len(of_sums) :]
+        return self._objective.metrics(
+            dict(zip(of_sums, sums, strict=True)), dict(zip(of_maxima, maxima, strict=True)), num_tokens
+        )
+
+    def nonfinite_rows(self) -> list[int]:
+        """The rows of all ranks' micro-batches that have a token whose loss is not finite, in order. Collective."""
+        mine = [
+            row
+            for batch, finite_R in self._finite
+            for row, part in zip(batch.rows, finite_R.split(batch.response_lengths), strict=True)
+            if not part.all()
+        ]
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return sorted({row for part in parts for row in part})

@@ -188,7 +188,7 @@ class Engine:
         if self._num_sleeps > 2 and self.asleep_bytes > self._asleep_limit:
             log.warning(
                 "the device holds %.2f GiB beside torch's memory while vLLM sleeps, %.2f GiB more than before: "
-                "if memory/engine_asleep_gib goes on rising, set actor_rollout_ref.rollout.enforce_eager=True",
+                "if memory/engine_asleep_gib keeps rising, set actor_rollout_ref.rollout.enforce_eager=True",
                 self.asleep_bytes / 2**30,
                 (self.asleep_bytes - self._asleep_limit + ASLEEP_GROWTH) / 2**30,
             )
