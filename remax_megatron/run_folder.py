@@ -32,6 +32,7 @@ LISTED_WITHIN_S = 30.0
 
 
 def checkpoints_folder(config: Config) -> Path:
+    """Return the folder of the run's checkpoints."""
     return Path(config.trainer.default_local_dir) / "checkpoints"
 
 
