@@ -286,8 +286,8 @@ def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
 
 def _unknown_key(key: str, where: str) -> ConfigError:
     near = nearest_keys(key)
-    mend = f"did you mean {' or '.join(near)}?" if near else "--cfg job prints every setting"
-    return ConfigError(f"unknown setting {key}{where}; {mend}")
+    fix = f"did you mean {' or '.join(near)}?" if near else "--cfg job prints every setting"
+    return ConfigError(f"unknown setting {key}{where}; {fix}")
 
 
 def _by_size(file: Path) -> list[str]:

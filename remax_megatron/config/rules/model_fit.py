@@ -39,9 +39,9 @@ def rollout_tp_fits(setup: Setup, model: ModelFacts) -> None:
 
 def _tp_fits(key: str, tp: int, model: ModelFacts) -> None:
     """Megatron-Core 0.16 and vLLM agree: heads and ffn are cut evenly, KV heads are cut evenly or copied evenly."""
-    mend = f"set {key} to {numbers(n for n in divisors(model.num_attention_heads) if not _tp_clash(n, model))}"
+    fix = f"set {key} to {numbers(n for n in divisors(model.num_attention_heads) if not _tp_clash(n, model))}"
     if clash := _tp_clash(tp, model):
-        raise ConfigError(f"{key}={tp} {clash}; {mend}")
+        raise ConfigError(f"{key}={tp} {clash}; {fix}")
 
 
 def _tp_clash(tp: int, model: ModelFacts) -> str:

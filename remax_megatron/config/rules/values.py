@@ -37,12 +37,12 @@ def _reason(why: str) -> str:
 @rule
 def sampling_is_the_policy(setup: Setup) -> None:
     rollout = setup.rollout
-    for name, legal, mend in (("top_p", (1.0,), "1.0"), ("top_k", (-1, 0), "-1")):
+    for name, legal, fix in (("top_p", (1.0,), "1.0"), ("top_k", (-1, 0), "-1")):
         value = getattr(rollout, name)
         if value not in legal:
             raise ConfigError(
                 f"{ROLLOUT}.{name}={value} makes the engine's logprobs those of a renormalised distribution, not the"
-                f" policy's; set {ROLLOUT}.{name}={mend}"
+                f" policy's; set {ROLLOUT}.{name}={fix}"
             )
 
 
@@ -54,12 +54,12 @@ def temperatures_are_vllms(setup: Setup) -> None:
     greedy rollouts would all be the baseline anyway. Validation may be greedy.
     """
     val = setup.rollout.val_kwargs
-    for key, temperature, greedy, mend in (
+    for key, temperature, greedy, fix in (
         (f"{ROLLOUT}.temperature", setup.rollout.temperature, False, ""),
         (f"{ROLLOUT}.val_kwargs.temperature", val.temperature, not val.do_sample, ", or do_sample=False for greedy"),
     ):
         if not (0.01 <= temperature <= 2 or (greedy and temperature == 0)):
-            raise ConfigError(f"{key}={temperature} is outside what vLLM samples at; set it to 0.01 to 2.0{mend}")
+            raise ConfigError(f"{key}={temperature} is outside what vLLM samples at; set it to 0.01 to 2.0{fix}")
 
 
 @rule
