@@ -119,11 +119,11 @@ class _HeadLogProb(torch.autograd.Function):
             if fused:
                 _kernels().add_tile(logits, target_R[rows], sums_4R[:, rows], first + columns.start, temperature)
             else:
-                _add_tile(logits, target_R[rows], sums_4R[:, rows], first + columns.start, tiles.second(logits))
+                _add_tile(logits, target_R[rows], sums_4R[:, rows], first + columns.start, tiles.scratch(logits))
         peak = peak_R.clone()
         _all_reduce(peak, dist.ReduceOp.MAX, group)
-        fall = _raise_peak(peak_R, peak, z_R, weighted_R)
-        sums = torch.stack([z_R, weighted_R + fall * z_R, picked_R])
+        decay = _raise_peak(peak_R, peak, z_R, weighted_R)
+        sums = torch.stack([z_R, weighted_R + decay * z_R, picked_R])
         _all_reduce(sums, dist.ReduceOp.SUM, group)
         z_R, weighted_R, picked_R = sums
         entropy_R = z_R.log() - weighted_R / z_R
@@ -154,7 +154,7 @@ class _HeadLogProb(torch.autograd.Function):
                 _kernels().tile_gradient(logits, target, factors_4R[:, rows], start, temperature, grad)
             else:
                 log_p = tiles.log_p(columns, rows, log_z_R[rows])
-                grad = torch.exp(log_p, out=tiles.second(log_p))
+                grad = torch.exp(log_p, out=tiles.scratch(log_p))
                 if slope_R is None:
                     grad *= offset_R[rows].unsqueeze(1)
                 else:
@@ -191,11 +191,11 @@ class _HeadFullKl(torch.autograd.Function):
             if fused:
                 _kernels().add_kl_tile(logits, ref_logits, sums_5R[:, rows], temperature)
             else:
-                _add_kl_tile(logits, ref_logits, sums_5R[:, rows], tiles.second(logits))
+                _add_kl_tile(logits, ref_logits, sums_5R[:, rows], tiles.scratch(logits))
         peak = peak_2R.clone()
         _all_reduce(peak, dist.ReduceOp.MAX, group)
-        fall = _raise_peak(peak_2R, peak, z_2R)
-        sums = torch.stack([*z_2R, weighted_R * fall[0].exp()])
+        decay = _raise_peak(peak_2R, peak, z_2R)
+        sums = torch.stack([*z_2R, weighted_R * decay[0].exp()])
         _all_reduce(sums, dist.ReduceOp.SUM, group)
         z_R, ref_z_R, weighted_R = sums
         # In this order a policy that is the reference has a KL of exactly 0.
@@ -223,7 +223,7 @@ class _HeadFullKl(torch.autograd.Function):
                 _kernels().kl_tile_gradient(logits, ref_logits, factors_3R[:, rows], temperature, grad)
             else:
                 factor = ref_logits.neg_().add_(logits).add_(shift_R[rows].unsqueeze(1))
-                grad = torch.sub(logits, log_z_2R[0, rows].unsqueeze(1), out=tiles.second(logits)).exp_()
+                grad = torch.sub(logits, log_z_2R[0, rows].unsqueeze(1), out=tiles.scratch(logits)).exp_()
                 grad.mul_(factor).mul_(scale_R[rows].unsqueeze(1))
             gradients.add(grad, columns, rows)
         return *gradients.done(), None, None, None, None, None, None, None
@@ -283,7 +283,7 @@ class _Tiles:
         log_p.copy_(torch.mm(hidden, self._head("with ones", columns).T, out=rounded))
         return log_p if self.temperature == 1.0 else log_p.div_(self.temperature)
 
-    def second(self, tile: Tensor) -> Tensor:
+    def scratch(self, tile: Tensor) -> Tensor:
         """Memory beside the tile that `logits` or `log_p` gave, of its shape."""
         return self.memory[1, : tile.numel()].view_as(tile)
 
@@ -296,7 +296,7 @@ class _Tiles:
         return self.weight_VH.new_empty(self.memory.shape[1])
 
     def rounded(self, tile: Tensor) -> Tensor:
-        """What was written into `second` or `gradient`, in the dtype of the head; the first tile is lost."""
+        """What was written into `scratch` or `gradient`, in the dtype of the head; the first tile is lost."""
         if tile.dtype == self.weight_VH.dtype:
             return tile
         if self.bfloat16_on_cpu:

@@ -151,10 +151,10 @@ def _add_tile_kernel(logits, target, sums, width, stride, first, inverse, BLOCK:
         real = column < width
         logit = tl.load(logits + column, mask=real, other=_FAR) * inverse
         higher = tl.maximum(peak, tl.max(logit, axis=0))
-        fall = peak - higher
+        decay = peak - higher
         peak = higher
-        z *= tl.exp(fall)
-        weighted = weighted * tl.exp(fall) + fall * z
+        z *= tl.exp(decay)
+        weighted = weighted * tl.exp(decay) + decay * z
         exp = tl.exp(logit - peak)
         z += tl.sum(exp, axis=0)
         weighted += tl.sum(exp * (logit - peak), axis=0)

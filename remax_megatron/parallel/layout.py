@@ -37,7 +37,7 @@ class Layout:
         return self.pp_rank == self.pp - 1
 
     @property
-    def speaks_for_replica(self) -> bool:
+    def reports_for_replica(self) -> bool:
         """True on the one rank per data-parallel replica whose last-stage results are counted."""
         return self.is_last_stage and self.tp_rank == 0
 

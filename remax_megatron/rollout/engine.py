@@ -140,6 +140,10 @@ class Engine:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
+    def resume_at(self, weight_version: int) -> None:
+        """Let the next `reload`, which sends the weights of that version once more, bear its number."""
+        self.weight_version = weight_version - 1
+
     def reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights by `weights` (Hugging Face names, whole tensors) and forget the prefix cache.
 
@@ -184,7 +188,7 @@ class Engine:
         if self._num_sleeps > 2 and self.asleep_bytes > self._asleep_limit:
             log.warning(
                 "the device holds %.2f GiB beside torch's memory while vLLM sleeps, %.2f GiB more than before: "
-                "if memory/engine_asleep_gib goes on rising, set actor_rollout_ref.rollout.enforce_eager=True",
+                "if memory/engine_asleep_gib keeps rising, set actor_rollout_ref.rollout.enforce_eager=True",
                 self.asleep_bytes / 2**30,
                 (self.asleep_bytes - self._asleep_limit + ASLEEP_GROWTH) / 2**30,
             )
