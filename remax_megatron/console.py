@@ -16,6 +16,7 @@ class ConsoleHandler(logging.Handler):
     """Writes information to standard output and the rest to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write one record as a line."""
         stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         if sys.stderr.isatty():
             tqdm.write(self.format(record), file=stream)

@@ -76,9 +76,11 @@ class Guards:
         self.nonfinite_in_a_row = 0
 
     def state_dict(self) -> dict[str, int]:
+        """Return what a checkpoint keeps."""
         return {"nonfinite_in_a_row": self.nonfinite_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take over what `state_dict` gave."""
         self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
 
     def mismatch_limit(self, before: Sequence[UpdateResult]) -> float | None:

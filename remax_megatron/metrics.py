@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 class MetricsWriter:
     """Writes every step's metrics to `run_dir/metrics.jsonl` and to each of `loggers` (console, wandb, tensorboard).
 
-    `config_yaml` is the resolved config, shown by wandb and tensorboard. A file that is there is continued, less a last
-    line that a killed run left half-written; `first_step` above 0 tells tensorboard and wandb that it is continued.
-    The console's lines are logged.
+    `project` and `experiment` are the run's names for wandb; `config_yaml` is the resolved config, shown by wandb and
+    tensorboard. A file that exists is continued, less a last line that a killed run left half-written; `first_step`
+    above 0 tells tensorboard and wandb that it is continued. The console's lines are logged.
     Raises ValueError for an unknown logger and for one whose package is not installed, before any file is made.
     """
 

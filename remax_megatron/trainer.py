@@ -82,6 +82,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Count the whole batches of an epoch."""
         return len(self.train_prompts) // self.config.data.train_batch_size
 
     @property
@@ -91,6 +92,7 @@ class Trainer:
 
     @property
     def num_steps(self) -> int:
+        """Count the steps of the whole run."""
         return total_steps(self.config, len(self.train_prompts))
 
     def _steps(self) -> Iterator[tuple[int, int, list[Prompt]]]:

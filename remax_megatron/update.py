@@ -84,6 +84,7 @@ class Learner:
         return {"kl": self.kl.state_dict(), **self.guards.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         self.kl.load_state_dict(state["kl"])
         self.guards.load_state_dict(state)
 

@@ -54,11 +54,15 @@ def head_logprob(
 ) -> tuple[Tensor, Tensor]:
     """(log softmax(hidden @ weight.T / temperature)[target], entropy), each [R] float32, in nats.
 
-    weight_VH holds this rank's rows of the head; rank r of `group` holds rows [r V, (r + 1) V). Rows at or beyond
-    `vocab_size` are padding and get no probability. All ranks of `group` call with equal hidden_RH and target_R.
-    The gradient of hidden_RH is this rank's part only: sum it over `group` (Megatron's copy-to-region does).
-    A tile has `chunk_size` positions at most. `fused` (by default `can_fuse` of the device): the arithmetic of a tile
-    is one Triton kernel.
+    hidden_RH    hidden states of the scored positions, equal on all ranks of `group`; the gradient is this rank's part
+                 only: sum it over `group` (Megatron's copy-to-region does)
+    weight_VH    this rank's rows of the head; rank r of `group` holds rows [r V, (r + 1) V)
+    target_R     token ids, equal on all ranks of `group`
+    vocab_size   rows of the head at or beyond it are padding and get no probability
+    temperature  what the logits are divided by
+    chunk_size   positions of a tile at most
+    group        ranks that share the head, None: this one has all of it
+    fused        the arithmetic of a tile is one Triton kernel; None: where `can_fuse` says so
     """
     fused = can_fuse(weight_VH.device) if fused is None else fused
     return _HeadLogProb.apply(hidden_RH, weight_VH, target_R, vocab_size, temperature, chunk_size, group, fused)
@@ -78,7 +82,8 @@ def head_full_kl(
 ) -> Tensor:
     """KL(pi || ref) over the whole vocabulary at each position, [R] float32, in nats, both at `temperature`.
 
-    The arguments are those of `head_logprob`; the reference's hidden size may differ, the rows of its head may not.
+    The other arguments are those of `head_logprob`; `ref_hidden_RH` may have another hidden size than hidden_RH, but
+    `ref_weight_VH` as many rows as weight_VH.
     Differentiable in hidden_RH (this rank's part) and weight_VH: d KL / d logit_j = p_j (log p_j - log q_j - KL) /
     temperature. The reference gets no gradient.
     """
@@ -96,6 +101,8 @@ def can_fuse(device: torch.device) -> bool:
 
 
 class _HeadLogProb(torch.autograd.Function):
+    """The arguments are those of `head_logprob`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -166,6 +173,8 @@ class _HeadLogProb(torch.autograd.Function):
 
 
 class _HeadFullKl(torch.autograd.Function):
+    """The arguments are those of `head_full_kl`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -232,8 +241,9 @@ class _HeadFullKl(torch.autograd.Function):
 class _Tiles:
     """The tiles of hidden_RH @ weight_VH.T / temperature, without the rows of the head from `real` on.
 
-    Iterates over (columns, rows), slices of V and R: all rows of the first columns, then of the next. A tile that a
-    method returns lies in memory that the next call of that method takes again.
+    Iterates over (columns, rows), slices of V and R: all rows of the first columns, then of the next. A tile has
+    `chunk_size` rows at most; with `fused` the kernels divide by the temperature. A tile that a method returns lies in
+    memory that the next call of that method takes again.
     """
 
     def __init__(

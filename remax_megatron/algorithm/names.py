@@ -6,7 +6,7 @@ their modules, which need no torch.
 
 from __future__ import annotations
 
-POLICY_LOSSES = ("ppo_clip", "reinforce")  # losses.py
+POLICY_LOSSES = ("ppo_clip", "reinforce")  # objective.py
 
 # kl.py: the estimators of the KL; a "+" behind a name keeps its value and takes k2's gradient.
 KL_ALIASES = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}

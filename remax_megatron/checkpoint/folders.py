@@ -33,10 +33,12 @@ READ_BYTES = 16 * 2**20
 
 
 def iteration_folder(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of `step`."""
     return root / f"iter_{step:07d}"
 
 
 def partial_folder(root: Path, step: int) -> Path:
+    """Return the folder in which the checkpoint of `step` is written before it is renamed."""
     return root / f".iter_{step:07d}.partial"
 
 
@@ -135,5 +137,6 @@ def remove_leftovers(root: Path) -> None:
 
 
 def write_tracker(root: Path, step: int) -> None:
+    """Name `step` as the latest checkpoint, as Megatron does."""
     with replacing(root / TRACKER) as path:
         path.write_text(f"{step}\n")

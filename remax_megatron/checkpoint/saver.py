@@ -123,8 +123,8 @@ class Saver:
         keep: int,
         in_background: bool,
     ):
-        """`side_files` are what makes `root` a model's folder; `keep` and `in_background` are trainer.max_ckpt_to_keep
-        and trainer.async_save."""
+        """`training_state` is what is saved, by each rank of `layout`, into `root`; `side_files` are what makes that a
+        model's folder; `keep` and `in_background` are trainer.max_ckpt_to_keep and trainer.async_save."""
         self.root, self._training_state, self._layout = Path(root), training_state, layout
         self._side_files, self._keep, self._in_background = side_files, keep, in_background
         self._pending: _Pending | None = None

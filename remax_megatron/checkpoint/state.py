@@ -39,6 +39,7 @@ class RunState:
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:
+        """Return the state as the text of state.json."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
 

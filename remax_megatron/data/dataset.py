@@ -62,7 +62,8 @@ def load_prompts(
 
     A prompt longer than `max_prompt_length` tokens, chat template included, is left out when `filter_overlong_prompts`;
     otherwise `truncation` refuses it ("error"), or cuts tokens off its "left" or "right" end. A prompt that is plain
-    text counts as one user turn. `tokenizer` is a transformers tokenizer with a chat template.
+    text counts as one user turn; `prompt_key` names the column. `tokenizer` is a transformers tokenizer with a chat
+    template.
     """
     if truncation not in TRUNCATIONS:
         raise DataError(f"data.truncation={truncation!r} is unknown; use one of {', '.join(TRUNCATIONS)}")

@@ -49,7 +49,8 @@ def meet(run: Run, findings: list[Finding], headline: str) -> NoReturn:
 
 
 def _talk(store: Store, run: Run, rank: int, findings: list[Finding], headline: str, endpoint: str) -> int:
-    """The exit code. Keys: host/RANK, then rank 0's `plan`, findings/RANK, rank 0's `code`, left/RANK."""
+    """Exchange the `findings` of `run` through `store`, which is at `endpoint`, and show them under `headline`; returns
+    the exit code. Keys: host/RANK, then rank 0's `plan`, findings/RANK, rank 0's `code`, left/RANK."""
     import torch.distributed as dist
 
     store.set(f"host/{rank}", _host())

@@ -34,6 +34,7 @@ class Layout:
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank's stage computes the head."""
         return self.pp_rank == self.pp - 1
 
     @property
@@ -75,7 +76,14 @@ def _alone() -> dict[str, str]:
 def init_model_parallel(
     device: torch.device, *, tp: int, pp: int, vpp: int | None, seed: int, timeout_s: int = 1800
 ) -> Layout:
-    """Create Megatron's groups (every rank calls, same arguments) and seed its RNG tracker."""
+    """Create Megatron's groups (every rank calls, same arguments) and seed its RNG tracker.
+
+    device     of this rank
+    tp, pp     tensor- and pipeline-parallel sizes; their product divides the ranks
+    vpp        model chunks per pipeline rank, None: one
+    seed       of the tracker
+    timeout_s  seconds that a collective may take, rounded up to minutes
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel
 

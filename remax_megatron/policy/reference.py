@@ -45,6 +45,7 @@ class Reference(PackedModel):
             self._move("cpu")
 
     def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
+        """See `PackedModel.logprobs`; the weights come to the device for it."""
         with self.on_device():
             return super().logprobs(rows, temperature)
 

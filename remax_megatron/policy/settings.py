@@ -21,6 +21,7 @@ class PolicySettings:
 
     @classmethod
     def of(cls, config: Config) -> PolicySettings:
+        """Take the policy's part out of all settings."""
         return cls(
             config.actor_rollout_ref.actor,
             config.actor_rollout_ref.rollout.temperature,

@@ -59,8 +59,17 @@ class Engine:
     ):
         """Collective: every rank of the world calls with the same arguments, after torch.distributed is up.
 
-        Lengths are tokens, `dtype` is "float32" or "bfloat16"; `greedy` False leaves the greedy answers out of
-        rollouts. The weights are random until the first `reload`.
+        model_folder         has config.json; the weights are random until the first `reload`
+        tokenizer            decodes answers
+        config               sampling, sizes and memory
+        dtype                "float32" or "bfloat16"
+        max_prompt_length    tokens
+        max_response_length  tokens
+        seed                 of the run; those of samples derive from it
+        device               of this rank
+        tied_embeddings      whether the head is the embedding
+        stop_token_ids       end an answer
+        greedy               False leaves the greedy answers out of rollouts
         """
         self.tokenizer, self.config, self.seed = tokenizer, config, seed
         self.max_response_length = max_response_length

@@ -52,6 +52,7 @@ def effective_sample_size(rewards: Sequence[Sequence[float]], temperature: float
 
 
 def check_temperature(temperature: float) -> None:
+    """Asserts that a temperature is above 0."""
     assert 0.0 < temperature < math.inf, temperature
 
 
