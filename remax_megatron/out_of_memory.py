@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 
 from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.rules import ACTOR, MEGATRON, ROLLOUT, validate, value_of
-from remax_megatron.config.schema import Config, ConfigError, recompute_of
+from remax_megatron.config.rules import validate
+from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, ConfigError, recompute_of
+from remax_megatron.config.setting import value_of
 from remax_megatron.doctor.findings import gb
 from remax_megatron.doctor.fitting import TP, with_setting
 from remax_megatron.doctor.ledger import ASSUMED_CARD, Ledger, ledger

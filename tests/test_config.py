@@ -15,10 +15,20 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from remax_megatron.config import cli
-from remax_megatron.config.load import known_keys, list_presets, load_config, nearest_keys, presets_dir, to_yaml
+from remax_megatron.config.load import list_presets, load_config, nearest_keys, presets_dir, to_yaml
 from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
-from remax_megatron.config.rules import RULES, Setup, validate, validate_files, value_of
-from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError, Recompute, recompute_of
+from remax_megatron.config.rules import validate, validate_files
+from remax_megatron.config.rules.registry import RULES, Setup
+from remax_megatron.config.schema import (
+    EMBEDDED_FILES,
+    EMBEDDED_MODEL,
+    SETTINGS,
+    Config,
+    ConfigError,
+    Recompute,
+    recompute_of,
+)
+from remax_megatron.config.setting import set_value, value_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -54,9 +64,8 @@ def quick_config(preset: str, overrides: Iterable[str]) -> Config:
     parser = OverridesParser.create()
     for text in overrides:
         override = parser.parse_override(text)
-        group, _, name = override.key_or_group.rpartition(".")
-        assert override.key_or_group in known_keys()
-        setattr(value_of(config, group), name, override.value())
+        assert override.key_or_group in SETTINGS
+        set_value(config, override.key_or_group, override.value())
     return config
 
 
@@ -179,7 +188,7 @@ def test_every_key_of_the_guide_is_known():
         "custom_reward_function": "path,name",
     }
     keys = {f"{group}.{name}" for group, listed in names.items() for name in listed.split(",")}
-    assert keys - set(known_keys()) == set()
+    assert keys - set(SETTINGS) == set()
 
 
 # Overrides, types, unknown keys --------------------------------------------------------------------------------------
@@ -519,7 +528,7 @@ def test_every_rule_about_settings_is_broken_by_some_case():
         config = quick_config("demo", overrides)
         for rule in RULES:
             try:
-                rule(Setup(config, config.trainer.nnodes * config.trainer.n_gpus_per_node, TINY))
+                rule(Setup(config, config.trainer.nnodes * config.trainer.n_gpus_per_node))
             except ConfigError:
                 seen.add(rule.__name__)
                 break
@@ -735,7 +744,7 @@ def test_help_teaches():
     for line in done.stdout.splitlines():  # each setting that the help shows exists
         if line.startswith(("  actor", "  data", "  trainer")):
             for word in line.split():
-                assert "=" not in word or word.partition("=")[0] in known_keys(), word
+                assert "=" not in word or word.partition("=")[0] in SETTINGS, word
 
 
 @pytest.mark.parametrize(

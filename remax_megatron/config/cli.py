@@ -42,7 +42,7 @@ RANKS is trainer.n_gpus_per_node of the preset; with several nodes add torchrun'
 presets (--config-name, default demo), from {folder}:
 {presets}
 
-settings that are often changed (all of them: --cfg job):
+settings that are often changed (all of them: docs/settings.md; their values: --cfg job):
   actor_rollout_ref.model.path=FOLDER_OR_HUB_ID      the model to train (Hugging Face, or converted to Megatron)
   data.train_files=FILE data.val_files=FILE          parquet, JSON or JSONL; a list is written [FILE,FILE]
   data.train_batch_size=512                          prompts per rollout batch

@@ -25,8 +25,8 @@ from pathlib import Path
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.model_facts import HUB_ID, ModelFacts, resolve_model_facts
-from remax_megatron.config.rules import expects_cpu, validate, validate_files
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.rules import validate, validate_files
+from remax_megatron.config.schema import Config, ConfigError, expects_cpu
 from remax_megatron.doctor import machine, reachability, stack
 from remax_megatron.doctor.findings import OK, PROBLEM, SETTINGS, WARNING, Finding, show
 from remax_megatron.environment import QUIET, check_attention

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remax_megatron.config.rules import refuse_expandable_segments
+from remax_megatron.config.rules.machine import refuse_expandable_segments
 from remax_megatron.config.schema import RolloutConfig
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.seeds import derive_seed
