@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import default_planner
 from torch.utils._python_dispatch import _disable_current_modes
 
 from remax_megatron import build
@@ -108,6 +109,9 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     Policy._step = _in_phase_of_its_own(recorder, Policy._step)
     # Locked through CUDA's runtime, which knows addresses; fake memory has none.
     offload._page_locked_like = lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True)
+    # A checkpoint is written without its values, and planned as if all ranks had this one's blocks, which overlap.
+    torch.save = lambda obj, file, **kwargs: file.write(b"values")
+    default_planner._validate_global_plan = lambda plan, metadata: True
     # Row numbers are computed with, not only shaped.
     training_state.shard_runs = _without_modes(training_state.shard_runs)
     prompts = [
