@@ -38,8 +38,8 @@ import torch
 from common import ROOT, Usage, finish, machine, measured
 from random_model import SHAPES, config_of, make_folder
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.verify import read_tensors
+from remax_megatron.model_facts import ModelFacts
 
 PROJECTED = ("14b", "32b")
 PEERS = ("mbridge", "megatron-bridge")

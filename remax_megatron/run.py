@@ -22,7 +22,6 @@ from remax_megatron.checkpoint.folders import RunState
 from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.rules import as_list
 from remax_megatron.config.schema import Config, ConfigError, needs_reference, recompute_of
 from remax_megatron.flops import UpdateFlops, peak_bf16_tflops
@@ -32,6 +31,7 @@ from remax_megatron.memory_probe import memory_probe
 from remax_megatron.metrics import MetricsWriter
 from remax_megatron.model.hf_folder import side_files, write_hf_folder
 from remax_megatron.model.megatron_folder import model_folder
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import explained, record_history
 from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks

@@ -74,8 +74,8 @@ def train(payload, device, layers: str = LAYERS) -> list[tuple[float, float]]:
     """Load `start` (a model, or a checkpoint with its number of updates), update, save to `root`; losses and norms."""
     from remax_megatron.algorithm.aggregation import weigh_rows
     from remax_megatron.checkpoint.saver import Saver
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.training_state import TrainingState
@@ -172,8 +172,8 @@ def megatron_worker(payload) -> float:
     """Load a checkpoint with Megatron's own `dist_checkpointing.load`; the largest difference to ours."""
     from megatron.core import dist_checkpointing
 
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
 
@@ -300,8 +300,8 @@ def small_disk(tmp_path):
 def filling_worker(payload) -> list[str]:
     """Save, fill the disk, save again: before the files are begun, and while they are written. What is said."""
     from remax_megatron.checkpoint import saver as module
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.training_state import TrainingState

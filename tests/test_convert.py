@@ -30,7 +30,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert import copying, hf_to_megatron, logits, megatron_to_hf, roundtrip, verify
 from remax_megatron.convert.torch_dist_writer import item_wrapper, object_item
 from remax_megatron.errors import UserError
@@ -39,6 +38,7 @@ from remax_megatron.model.mapped import Extent, MappedFiles, blocks
 from remax_megatron.model.megatron_folder import MegatronWeights
 from remax_megatron.model.torch_dist import TorchDist, saved_key
 from remax_megatron.model.weight_table import to_megatron, weight_table
+from remax_megatron.model_facts import ModelFacts
 from tests.conftest import ROOT
 from tests.small_models import make_qwen2
 

@@ -26,9 +26,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert import hf_to_megatron, megatron_to_hf, partial_folder, verify
 from remax_megatron.model.hf_folder import expected_shapes, write_hf_folder
+from remax_megatron.model_facts import ModelFacts
 from tests.conftest import ROOT
 from tests.small_models import make_qwen2
 from tests.test_hf_folder import INDEX, rewrite, stream

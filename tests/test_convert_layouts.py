@@ -104,10 +104,10 @@ def worlds(waves: Sequence[Sequence[tuple[int, int, int, Any]]]) -> Iterator[tup
 
 def build(hf: Path, layout, dtype: torch.dtype) -> torch.nn.Module:
     """This rank's part of the model, every parameter not a number until it is loaded."""
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Recompute
     from remax_megatron.model.layers import choose_layers
     from remax_megatron.model.qwen2 import build_chunks, transformer_config
+    from remax_megatron.model_facts import ModelFacts
 
     facts, layers = ModelFacts.from_folder(hf), choose_layers(LAYERS, layout.device, dtype)
     config = transformer_config(
@@ -219,8 +219,8 @@ def saving_worker(payload: tuple[dict[str, Model], Path]) -> list[str]:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.model.weights import load_weights
+    from remax_megatron.model_facts import ModelFacts
 
     models, folder = payload
     different = []

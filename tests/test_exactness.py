@@ -50,8 +50,8 @@ def recorded_rows() -> list[Row]:
 
 
 def build(folder: str, device, *, tp: int, pp: int, how: tuple, layers: str = LAYERS):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
 

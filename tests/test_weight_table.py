@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.model.weight_table import (
     EMBEDDING,
     FINAL_NORM,
@@ -28,6 +27,7 @@ from remax_megatron.model.weight_table import (
     to_megatron,
     weight_table,
 )
+from remax_megatron.model_facts import ModelFacts
 from tests.small_models import make_qwen2
 
 

@@ -17,8 +17,6 @@ from typing import Any
 
 from remax_megatron.algorithm.aggregation import MODES
 from remax_megatron.algorithm.estimators import NAMES, get_estimator
-from remax_megatron.config.model_facts import ModelFacts as ModelFacts
-from remax_megatron.config.model_facts import resolve_model_facts as resolve_model_facts
 from remax_megatron.config.schema import (
     EMBEDDED_FILES,
     LOGGERS,
@@ -30,6 +28,7 @@ from remax_megatron.config.schema import (
     needs_reference,
     recompute_of,
 )
+from remax_megatron.model_facts import ModelFacts
 
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = "actor_rollout_ref.actor.megatron"

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import Command, run_command
 from remax_megatron.convert.copying import Cast, Job, OutputFile, Piece, Report, write_folder
 from remax_megatron.convert.manifest import write_manifest
@@ -36,6 +35,7 @@ from remax_megatron.model.hf_folder import INDEX, HfLayout, HfWeights, check_fol
 from remax_megatron.model.megatron_folder import TRACKER
 from remax_megatron.model.torch_dist import saved_key
 from remax_megatron.model.weight_table import RowRun, WeightEntry, padded_vocab_size, row_runs, weight_table
+from remax_megatron.model_facts import ModelFacts
 
 ITERATION_FOLDER = "iter_0000000"
 MAX_FILE_BYTES = 2 * 10**9

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.rules import ACTOR, MEGATRON, ROLLOUT, expects_cpu, validate, value_of
 from remax_megatron.config.schema import Config, ConfigError, recompute_of
+from remax_megatron.model_facts import ModelFacts
 
 TOKENS = f"{ACTOR}.ppo_max_token_len_per_gpu"
 GRANULARITY = f"{MEGATRON}.override_transformer_config.recompute_granularity"

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config, needs_reference, recompute_of
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rollout.memory import canary_bytes, largest_module_bytes
 
 # Bytes of one parameter: its weight; Adam's two moments, and the fp32 master where the weight is not its own.

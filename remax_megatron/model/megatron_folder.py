@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.model.hf_folder import FolderError, HfWeights, check_folder, expected_shapes
 from remax_megatron.model.mapped import Extent, MappedFiles
 from remax_megatron.model.torch_dist import TorchDist, saved_key
 from remax_megatron.model.weight_table import WeightEntry, row_runs, weight_table
+from remax_megatron.model_facts import ModelFacts
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OTHER_CONFIG = "use the config.json that the model was trained with"

@@ -15,11 +15,11 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Recompute
 from remax_megatron.model.attention import PackedRows
 from remax_megatron.model.layers import layer_spec
 from remax_megatron.model.weight_table import padded_vocab_size
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
 

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.model.megatron_folder import open_weights
 from remax_megatron.model.weight_table import (
     EMBEDDING,
@@ -27,6 +26,7 @@ from remax_megatron.model.weight_table import (
     to_megatron,
     weight_table,
 )
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout
 
 

@@ -32,8 +32,8 @@ def worker(folder: Path) -> list[str]:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.model.weights import load_weights
+    from remax_megatron.model_facts import ModelFacts
 
     different = []
     for names, layout in worlds(WAVES):

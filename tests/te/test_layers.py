@@ -102,9 +102,9 @@ def bfloat16_worker(folder: str):
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     from remax_megatron.algorithm.aggregation import weigh_rows
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
     from remax_megatron.errors import UserError
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from tests.stand_ins.te_cpu import compiled
