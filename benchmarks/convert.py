@@ -151,7 +151,7 @@ def projection(ours: dict, num_bytes: int, say: Callable[[str], None]) -> dict[s
 
     Memory does not grow with the model: bytes go through in blocks of 1 MiB.
     """
-    from remax_megatron.model.weight_table import weight_table
+    from remax_megatron.weights.weight_table import weight_table
 
     rates = {name: num_bytes / ours[f"{name}_s"] for name in ("there", "back")}
     projected = {}

@@ -29,8 +29,6 @@ from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_agreement, prepare_inputs
 from remax_megatron.memory_probe import memory_probe
 from remax_megatron.metrics import MetricsWriter
-from remax_megatron.model.hf_folder import side_files, write_hf_folder
-from remax_megatron.model.megatron_folder import model_folder
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import explained, record_history
 from remax_megatron.parallel import cpu_platform, watchdog
@@ -41,6 +39,8 @@ from remax_megatron.phases import PhaseTimer
 from remax_megatron.profiling import StepProfiler, cuda_event, named_range
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.run_folder import check_shared, checkpoints_folder, lock_run_folder, start_run_folder
+from remax_megatron.weights.hf_folder import side_files, write_hf_folder
+from remax_megatron.weights.megatron_folder import model_folder
 
 if TYPE_CHECKING:
     from remax_megatron.trainer import Trainer

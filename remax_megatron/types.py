@@ -85,3 +85,17 @@ class Row:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which activations the backward pass computes again. `granularity` is none, selective or full; `method` and
+    `num_layers` go with full, `modules` with selective."""
+
+    granularity: str = "none"
+    method: str = "uniform"
+    num_layers: int = 1
+    modules: tuple[str, ...] = ("mlp",)
+
+
+NO_RECOMPUTE = Recompute()

@@ -36,10 +36,11 @@ def build(folder: str, device, *, tp=1, pp=1, bucket_bytes=2**20, **engine_optio
 
 
 def build_policy(folder: str, device, *, tp=1, pp=1):
-    from remax_megatron.config.schema import Actor, Recompute
+    from remax_megatron.config.schema import Actor
     from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.types import Recompute
 
     layout = init_model_parallel(device, tp=tp, pp=pp, vpp=None, seed=1)
     actor = Actor()

@@ -28,9 +28,9 @@ from remax_megatron.checkpoint.folders import (
 from remax_megatron.checkpoint.resume import _begun_from, check_same_run
 from remax_megatron.config.load import load_config
 from remax_megatron.errors import UserError
-from remax_megatron.model.mapped import MappedFiles
-from remax_megatron.model.torch_dist import TorchDist
 from remax_megatron.types import Row
+from remax_megatron.weights.mapped import MappedFiles
+from remax_megatron.weights.torch_dist import TorchDist
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
@@ -226,7 +226,7 @@ def forge(checkpoint: Path, name: str) -> None:
         evil = pickle.dumps(Payload(), protocol=2)
         data[at : at + len(evil)] = evil
         (checkpoint / name).write_bytes(data)
-    records = {path.name: file_record(path) for path in checkpoint.iterdir() if path.name != "manifest.json"}
+    records = {path.name: file_record(path) for path in checkpoint.iterdir() if path.name != "file_manifest.json"}
     write_manifest(checkpoint, records)
 
 
@@ -255,7 +255,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_and_the_file_named(checkpoint, damage):
-    names = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
+    names = {path.name for path in checkpoint.iterdir()} - {"file_manifest.json"}
     assert {"__0_0.distcp", ".metadata", "metadata.json", "state.json"} <= names  # common.pt: up to megatron-core 0.18
     for name in sorted(names):
         content = (checkpoint / name).read_bytes()
@@ -278,11 +278,19 @@ def test_strangers_are_refused(checkpoint, model, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint of a run"):
         read_state(Path(model))
     (checkpoint / "extra.distcp").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"extra\.distcp is not in manifest"):
+    with pytest.raises(CheckpointError, match=r"extra\.distcp is not in file_manifest"):
         check_files(checkpoint)
     (checkpoint / "extra.distcp").unlink()
-    (checkpoint / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+    (checkpoint / "file_manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"file_manifest\.json is missing"):
+        check_files(checkpoint)
+
+
+def test_a_checkpoint_of_version_0_1_0_is_still_checked(checkpoint):
+    (checkpoint / "file_manifest.json").rename(checkpoint / "manifest.json")
+    check_files(checkpoint)
+    flip_a_bit(checkpoint / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is not what manifest\.json says"):
         check_files(checkpoint)
 
 

@@ -18,8 +18,9 @@ from remax_megatron.config import cli
 from remax_megatron.config.load import known_keys, list_presets, load_config, nearest_keys, presets_dir, to_yaml
 from remax_megatron.config.model_path import resolve_model_facts
 from remax_megatron.config.rules import RULES, Setup, validate, validate_files, value_of
-from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError, Recompute, recompute_of
+from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError, recompute_of
 from remax_megatron.model_facts import ModelError, ModelFacts
+from remax_megatron.types import Recompute
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from remax_megatron.algorithm.aggregation import weigh_rows
-from remax_megatron.config.schema import Recompute
-from remax_megatron.types import Row
+from remax_megatron.types import Recompute, Row
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
@@ -72,7 +71,7 @@ def build(folder: str, device, *, tp: int, pp: int, how: tuple, layers: str = LA
 
 def gradients(policy) -> dict[str, torch.Tensor]:
     """The gradient of the last update under Hugging Face names, in float64."""
-    from remax_megatron.model.weights import table_parameters
+    from remax_megatron.model.live_weights import table_parameters
 
     stream = policy.weight_stream(torch.float32, 2**20)
     chunks = [table_parameters(chunk) for chunk in policy.bare_chunks]

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from remax_megatron.config.schema import Recompute
-from remax_megatron.types import Row
+from remax_megatron.types import Recompute, Row
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remax_megatron.model.weight_table import (
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.weight_table import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
@@ -27,7 +28,6 @@ from remax_megatron.model.weight_table import (
     to_megatron,
     weight_table,
 )
-from remax_megatron.model_facts import ModelFacts
 from tests.small_models import make_qwen2
 
 

@@ -21,8 +21,8 @@ from remax_megatron.config.load import known_keys
 from remax_megatron.config.rules import value_of
 from remax_megatron.config.schema import Config
 from remax_megatron.errors import UserError
-from remax_megatron.model.megatron_folder import checkpoint_folder
 from remax_megatron.parallel.first_rank import from_first_rank
+from remax_megatron.weights.megatron_folder import checkpoint_folder
 
 # Settings that may change when a run is gone on with: where and how fast it computes, how long, what it shows. Groups
 # end with a dot. All others say what is computed.

@@ -24,10 +24,10 @@ from remax_megatron.algorithm.logprob import head_full_kl
 from remax_megatron.algorithm.losses import Clip, clipped_policy_loss, reinforce_loss
 from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
-from remax_megatron.config.schema import NO_RECOMPUTE, Actor, Recompute, RolloutCorrection
+from remax_megatron.config.schema import Actor, RolloutCorrection
 from remax_megatron.guards import MADE, VERDICTS, forbidden
 from remax_megatron.model.layers import fuse_weight_gradients
-from remax_megatron.model.weights import WeightStream
+from remax_megatron.model.live_weights import WeightStream
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
@@ -36,7 +36,7 @@ from remax_megatron.policy import gradient_norm
 from remax_megatron.policy.offload import HostOffload, optimizer_tensors
 from remax_megatron.policy.packed_model import PackedModel, Scored
 from remax_megatron.policy.reference import Reference
-from remax_megatron.types import Row
+from remax_megatron.types import NO_RECOMPUTE, Recompute, Row
 
 # Sums over the tokens of an update, in the order they travel in; those of importance weights are over weights.
 _SUMS = (

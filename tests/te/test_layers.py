@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from remax_megatron.config.schema import Recompute
+from remax_megatron.types import Recompute
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
 from tests.test_exactness import recorded_rows, relative_difference

@@ -28,7 +28,7 @@ LIMITS = {LOGITS: 1e-4, GRADIENT: 5e-6, STREAM: 0.0}
 
 @contextmanager
 def norms_swapped() -> Iterator[None]:
-    from remax_megatron.model.weight_table import TE_NAMES
+    from remax_megatron.weights.weight_table import TE_NAMES
 
     with mock.patch.dict(TE_NAMES, zip(TE_NAMES, reversed(TE_NAMES.values()), strict=True)):
         yield
