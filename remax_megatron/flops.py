@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Recompute
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.types import Recompute
 
 # Dense bfloat16 TFLOP/s of one device, without sparsity, from NVIDIA's data sheets. The first entry whose words are all
 # in the name that torch.cuda.get_device_name gives ("NVIDIA H100 80GB HBM3" is the SXM card) is the device's.

@@ -19,13 +19,12 @@ import torch.distributed as dist
 from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.checkpoint.state import RunState
 from remax_megatron.config.cli import reported_errors
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.rules import as_list
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.console import set_up_logging
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, total_steps
-from remax_megatron.model.hf_folder import write_hf_folder
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import explained, record_history
 from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
@@ -35,6 +34,7 @@ from remax_megatron.phases import PhaseTimer
 from remax_megatron.profiling import StepProfiler, cuda_event, named_range
 from remax_megatron.run_folder import checkpoints_folder, lock_run_folder
 from remax_megatron.temporary import own_temporary_folder
+from remax_megatron.weights.hf_folder import write_hf_folder
 
 if TYPE_CHECKING:
     from remax_megatron.trainer import Trainer

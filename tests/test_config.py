@@ -16,19 +16,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from remax_megatron.config import cli
 from remax_megatron.config.load import list_presets, load_config, nearest_keys, presets_dir, to_yaml
-from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
+from remax_megatron.config.model_path import resolve_model_facts
 from remax_megatron.config.rules import validate, validate_files
 from remax_megatron.config.rules.registry import RULES, Setup
-from remax_megatron.config.schema import (
-    EMBEDDED_FILES,
-    EMBEDDED_MODEL,
-    SETTINGS,
-    Config,
-    ConfigError,
-    Recompute,
-    recompute_of,
-)
+from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, SETTINGS, Config, ConfigError, recompute_of
 from remax_megatron.config.setting import set_value, value_of
+from remax_megatron.model_facts import ModelError, ModelFacts
+from remax_megatron.types import Recompute
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -696,15 +690,15 @@ def test_facts_of_both_transformers_generations():
 )
 def test_other_models_are_refused_by_name(tmp_path, change, words):
     (tmp_path / "config.json").write_text(json.dumps(QWEN2 | change))
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ModelError, match=words):
         ModelFacts.from_folder(tmp_path)
 
 
 def test_unusable_folders(tmp_path):
-    with pytest.raises(ConfigError, match="no config.json"):
+    with pytest.raises(ModelError, match="no config.json"):
         ModelFacts.from_folder(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ModelError, match="cannot be read"):
         ModelFacts.from_folder(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         resolve_model_facts(str(tmp_path / "missing"))

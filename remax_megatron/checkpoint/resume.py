@@ -17,8 +17,8 @@ from remax_megatron.checkpoint.state import STATE, CheckpointError, RunState, re
 from remax_megatron.config.schema import SETTINGS, Config
 from remax_megatron.config.setting import MUST_MATCH, value_of
 from remax_megatron.errors import UserError
-from remax_megatron.model.megatron_folder import checkpoint_folder
 from remax_megatron.parallel.first_rank import from_first_rank
+from remax_megatron.weights.megatron_folder import checkpoint_folder
 
 log = logging.getLogger(__name__)
 

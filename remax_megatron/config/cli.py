@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from remax_megatron.config.load import list_presets, load_config, presets_dir, to_yaml
-from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
+from remax_megatron.config.model_path import resolve_model_facts
 from remax_megatron.config.rules import validate, validate_files
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.errors import UserError
+from remax_megatron.model_facts import ModelFacts
 
 EXIT_BAD_SETTINGS = 2
 OTHER_RANKS_WAIT_S = 5.0

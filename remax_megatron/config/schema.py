@@ -39,6 +39,7 @@ from remax_megatron.config.setting import (
     settings_of,
 )
 from remax_megatron.errors import UserError
+from remax_megatron.types import Recompute
 
 EMBEDDED_MODEL = "embedded:word-problems"
 LOGGERS = ("console", "wandb", "tensorboard")
@@ -585,20 +586,6 @@ def skips_zero_advantage(config: Config) -> bool:
     if actor.skip_zero_advantage is None:
         return not needs_reference(config) and actor.entropy_coeff == 0
     return actor.skip_zero_advantage
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """Which activations the backward pass computes again. `granularity` is none, selective or full; `method` and
-    `num_layers` go with full, `modules` with selective."""
-
-    granularity: str = "none"
-    method: str = "uniform"
-    num_layers: int = 1
-    modules: tuple[str, ...] = ("mlp",)
-
-
-NO_RECOMPUTE = Recompute()
 
 
 def recompute_of(config: Config) -> Recompute:

@@ -22,7 +22,7 @@ import xxhash
 from tqdm import tqdm
 
 from remax_megatron.convert.partial_folder import JOURNAL, Journal, partial_folder
-from remax_megatron.model.mapped import Extent, MappedFiles, blocks
+from remax_megatron.weights.mapped import Extent, MappedFiles, blocks
 
 BLOCK_BYTES = 2**20  # fits the second-level cache: a block is hashed and written while it is there
 MAX_VECTORS = 1024  # of one pwritev (Linux IOV_MAX)

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import Command, run_command
 from remax_megatron.convert.copying import Job, OutputFile, Piece, Report, write_folder
-from remax_megatron.convert.manifest import check_digests, recorded_layout, write_manifest
 from remax_megatron.convert.partial_folder import ConversionError
-from remax_megatron.model.hf_folder import DTYPE_NAMES, INDEX, MAX_SHARD_BYTES, HfLayout, expected_shapes, side_files
-from remax_megatron.model.megatron_folder import MegatronWeights, is_megatron_folder, model_folder, weights_folder
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.hf_folder import DTYPE_NAMES, INDEX, MAX_SHARD_BYTES, HfLayout, expected_shapes, side_files
+from remax_megatron.weights.megatron_folder import MegatronWeights, is_megatron_folder, model_folder, weights_folder
+from remax_megatron.weights.tensor_manifest import check_digests, recorded_layout, write_manifest
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.rules import validate
 from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, ConfigError, expects_cpu, recompute_of
 from remax_megatron.config.setting import set_value
+from remax_megatron.model_facts import ModelFacts
 
 TOKENS = f"{ACTOR}.ppo_max_token_len_per_gpu"
 GRANULARITY = f"{MEGATRON}.override_transformer_config.recompute_granularity"

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.rules.registry import MODEL_RULES, REMARKS, RULES, Setup
 from remax_megatron.config.schema import EMBEDDED_FILES, Config, ConfigError, as_list
 from remax_megatron.config.setting import value_of
+from remax_megatron.model_facts import ModelFacts
 
 # Each module registers its rules when it is imported, and the order of these imports is the order of the checks.
 # isort: off

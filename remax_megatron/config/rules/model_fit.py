@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.rules.registry import Setup, divisors, model_rule, numbers
 from remax_megatron.config.schema import MEGATRON, ROLLOUT, ConfigError
+from remax_megatron.model_facts import ModelFacts
 
 
 @model_rule

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Actor, Config, Megatron, RolloutConfig, expects_cpu
+from remax_megatron.model_facts import ModelFacts
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
+from remax_megatron.model_facts import ModelFacts
 
 if TYPE_CHECKING:
     from tests.stand_ins.fake_cuda.rank import Rank

@@ -22,12 +22,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from remax_megatron import build
 from remax_megatron.algorithm.aggregation import weigh_rows
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset
 from remax_megatron.inputs import Inputs
 from remax_megatron.model import weights
-from remax_megatron.model.hf_folder import expected_shapes
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import init_distributed
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.policy import offload, training_state
@@ -36,6 +35,7 @@ from remax_megatron.policy.training_state import TrainingState
 from remax_megatron.rollout import collect
 from remax_megatron.trainer import Trainer
 from remax_megatron.types import Completion, Prompt, Rollout, Row
+from remax_megatron.weights.hf_folder import expected_shapes
 from tests.stand_ins.fake_cuda import kernels
 from tests.stand_ins.fake_cuda.device import become_cuda
 from tests.stand_ins.fake_cuda.processes import Job, Report

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from remax_megatron.atomic import replacing_folder
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.errors import UserError
-from remax_megatron.model.mapped import Extent, MappedFiles, blocks
-from remax_megatron.model.weight_table import weight_table
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.mapped import Extent, MappedFiles, blocks
+from remax_megatron.weights.weight_table import weight_table
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
