@@ -94,6 +94,7 @@ class ForwardFlops:
         )
 
     def layers(self, groups: Sequence[RowGroup]) -> int:
+        """Count the operations of all layers."""
         tokens, squares = sum(group.tokens for group in groups), sum(group.squares for group in groups)
         return self.num_layers * ((self.projections + self.mlp) * tokens + self.attention * squares)
 

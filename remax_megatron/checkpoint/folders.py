@@ -64,6 +64,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, records: dict[str, dict[str, Any]]) -> None:
+    """Write the sizes and digests of the files of a checkpoint into its manifest."""
     content = {"digest": "xxh3_128", "files": records}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 

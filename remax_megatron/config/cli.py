@@ -130,6 +130,7 @@ def reported_errors() -> Iterator[None]:
 
 
 def help_text(config_dir: Path | None = None) -> str:
+    """Return what --help prints, with the presets of `config_dir` or the shipped ones."""
     presets = list_presets(config_dir)
     width = max(map(len, presets), default=0)
     lines = "\n".join(f"  {name:{width}}  {description}" for name, description in presets.items())

@@ -188,6 +188,7 @@ def _within(runs: list[RowRun], start: int, stop: int) -> list[RowRun]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Convert a Hugging Face folder, as the command line says; returns the exit code."""
     command = Command("convert/hf_to_megatron.py", __doc__)
     command.add("--hf", required=True, metavar="DIR", help="Hugging Face folder: config.json and safetensors")
     command.add("--output", required=True, metavar="DIR", help="new folder for the Megatron checkpoint")

@@ -35,6 +35,7 @@ def roundtrip(folder: str | Path, work: Path, workers: int | None = None) -> Ver
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Convert there and back, compare bytes; returns the exit code."""
     command = Command("convert/roundtrip.py", __doc__)
     command.add("folder", metavar="DIR", help="Hugging Face folder")
     command.add("--work", metavar="DIR", help="folder for the copies")

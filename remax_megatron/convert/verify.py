@@ -112,6 +112,7 @@ def compare(a: str | Path, b: str | Path | None = None, *, workers: int | None =
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Verify a converted folder, as the command line says; returns the exit code."""
     command = Command("convert/verify.py", __doc__)
     command.add("folders", nargs="+", metavar="DIR", help="Hugging Face folder or Megatron checkpoint; one or two")
     command.add("--logits", action="store_true", help="also compare what the two models answer to a few prompts")

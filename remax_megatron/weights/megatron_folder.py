@@ -26,6 +26,7 @@ MODEL_PREFIXES = ("decoder.", "embedding.", "output_layer.")  # what else there 
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
+    """Tell whether `path` is a Megatron checkpoint, or a folder of them."""
     folder = Path(folder)
     return (folder / TRACKER).is_file() or (folder / ".metadata").is_file()
 
@@ -136,12 +137,15 @@ class MegatronWeights:
 
     @property
     def names(self) -> set[str]:
+        """Return the Hugging Face names of all tensors."""
         return set(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a Hugging Face tensor."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which a Hugging Face tensor is stored."""
         return self._stored.tensors[self._key(self._made_of[name][0])[0]].dtype
 
     def extents(self, name: str, row: int = 0, num_rows: int | None = None) -> list[Extent]:

@@ -28,6 +28,7 @@ OLD_MANIFEST = "manifest.json"
 def write_manifest(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, digests: Mapping[str, str], **more: Any
 ) -> None:
+    """Write the digests of a converted folder's tensors and files beside them."""
     tensors = {
         name: {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "digest": digests[name]}
         for name, shape in shapes.items()

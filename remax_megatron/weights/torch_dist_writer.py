@@ -23,6 +23,7 @@ ITEM_ALIGNMENT = 64  # bytes; torch.save aligns the data to it within an item
 
 
 def extra_state_keys(num_layers: int) -> list[str]:
+    """Return the names of Megatron's extra states, which hold no weights."""
     layers = [
         f"decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}"
         for layer in range(num_layers)

@@ -10,6 +10,7 @@ from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, ConfigError
 
 @rule
 def mini_batches_divide_batch(setup: Setup) -> None:
+    """A rollout batch is cut into whole mini-batches."""
     batch, mini = setup.config.data.train_batch_size, setup.mini_batch
     if mini > batch or batch % mini:
         problem = "is larger than" if mini > batch else "does not divide"
@@ -21,6 +22,7 @@ def mini_batches_divide_batch(setup: Setup) -> None:
 
 @rule
 def fixed_micro_batches_have_a_size(setup: Setup) -> None:
+    """Micro-batches of a fixed number of rows need that number."""
     if not setup.actor.use_dynamic_bsz and setup.actor.ppo_micro_batch_size_per_gpu is None:
         raise ConfigError(
             f"{ACTOR}.use_dynamic_bsz=False needs {ACTOR}.ppo_micro_batch_size_per_gpu, which is null;"
@@ -30,6 +32,7 @@ def fixed_micro_batches_have_a_size(setup: Setup) -> None:
 
 @rule
 def budget_holds_longest_sequence(setup: Setup) -> None:
+    """The longest prompt and answer together fit the token budget."""
     data, budget = setup.config.data, setup.actor.ppo_max_token_len_per_gpu
     if setup.actor.use_dynamic_bsz and budget < setup.longest_sequence:
         raise ConfigError(

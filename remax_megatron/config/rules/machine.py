@@ -14,6 +14,7 @@ RECOMPUTE_NEEDS = {"recompute_method": "full", "recompute_num_layers": "full", "
 
 @rule
 def loggers_are_known(setup: Setup) -> None:
+    """Loggers have known names, and their packages are installed."""
     for name in as_list(setup.config.trainer.logger):
         if name not in LOGGERS:
             raise ConfigError(f"trainer.logger names {name!r}; set it to a list of {', '.join(LOGGERS)}")
@@ -23,6 +24,7 @@ def loggers_are_known(setup: Setup) -> None:
 
 @rule
 def backend_exists_on_device(setup: Setup) -> None:
+    """An attention backend that needs a GPU is refused on a CPU."""
     backend = setup.megatron.attention_backend
     if setup.config.trainer.device == "cpu" and backend in ("transformer_engine", "varlen"):
         raise ConfigError(
@@ -33,6 +35,7 @@ def backend_exists_on_device(setup: Setup) -> None:
 
 @rule
 def recompute_settings_go_together(setup: Setup) -> None:
+    """Settings of one granularity of recompute are refused with another one."""
     chosen, key = setup.megatron.override_transformer_config, f"{MEGATRON}.override_transformer_config"
     granularity = recompute_of(setup.config).granularity
     for name, needed in RECOMPUTE_NEEDS.items():
@@ -53,6 +56,7 @@ def recompute_settings_go_together(setup: Setup) -> None:
 
 @rule
 def overlaps_have_their_parts(setup: Setup) -> None:
+    """The overlapped gather needs the distributed optimizer and the overlapped reduce."""
     megatron = setup.megatron
     if not megatron.overlap_param_gather:
         return
@@ -66,6 +70,7 @@ def overlaps_have_their_parts(setup: Setup) -> None:
 
 @rule
 def profiled_steps_are_counted_from_one(setup: Setup) -> None:
+    """Steps to be profiled are whole numbers from 1 on."""
     steps = as_list(setup.config.trainer.profile_steps)
     if not all(isinstance(step, int) and not isinstance(step, bool) and step >= 1 for step in steps):
         raise ConfigError(
@@ -76,6 +81,7 @@ def profiled_steps_are_counted_from_one(setup: Setup) -> None:
 
 @rule
 def segments_can_sleep(setup: Setup) -> None:
+    """On a GPU the environment must not ask for expandable segments."""
     if not setup.on_cpu:
         refuse_expandable_segments(os.environ)
 
@@ -97,6 +103,7 @@ def refuse_expandable_segments(environment: Mapping[str, str]) -> None:
 
 @rule
 def output_folder_is_named(setup: Setup) -> None:
+    """A run needs a folder to write to."""
     if not setup.config.trainer.default_local_dir:
         raise ConfigError(
             "trainer.default_local_dir is empty; set it to the folder for metrics, settings and the model"
@@ -105,6 +112,7 @@ def output_folder_is_named(setup: Setup) -> None:
 
 @rule
 def validation_has_data(setup: Setup) -> None:
+    """Validation at intervals needs validation data."""
     config = setup.config
     if config.trainer.test_freq > 0 and not as_list(config.data.val_files):
         raise ConfigError(

@@ -9,6 +9,7 @@ from remax_megatron.model_facts import ModelFacts
 
 @model_rule
 def layers_divide_into_stages(setup: Setup, model: ModelFacts) -> None:
+    """The pipeline's stages have equally many layers."""
     if model.num_layers % setup.pp:
         raise ConfigError(
             f"{MEGATRON}.pipeline_model_parallel_size={setup.pp} does not divide the model's {model.num_layers} layers;"
@@ -18,6 +19,7 @@ def layers_divide_into_stages(setup: Setup, model: ModelFacts) -> None:
 
 @model_rule
 def layers_divide_into_virtual_stages(setup: Setup, model: ModelFacts) -> None:
+    """The virtual stages have equally many layers."""
     vpp = setup.megatron.virtual_pipeline_model_parallel_size or 1
     if model.num_layers % (setup.pp * vpp):
         raise ConfigError(
@@ -29,11 +31,13 @@ def layers_divide_into_virtual_stages(setup: Setup, model: ModelFacts) -> None:
 
 @model_rule
 def policy_tp_fits(setup: Setup, model: ModelFacts) -> None:
+    """The policy's tensor-parallel size fits the model's heads and widths."""
     _tp_fits(f"{MEGATRON}.tensor_model_parallel_size", setup.tp, model)
 
 
 @model_rule
 def rollout_tp_fits(setup: Setup, model: ModelFacts) -> None:
+    """The engine's tensor-parallel size fits the model's heads and widths."""
     _tp_fits(f"{ROLLOUT}.tensor_model_parallel_size", setup.rollout.tensor_model_parallel_size, model)
 
 
@@ -60,6 +64,7 @@ def _tp_clash(tp: int, model: ModelFacts) -> str:
 
 @model_rule
 def positions_hold_longest_sequence(setup: Setup, model: ModelFacts) -> None:
+    """The model has positions for the longest prompt and answer together."""
     data = setup.config.data
     if setup.longest_sequence > model.max_position_embeddings:
         raise ConfigError(

@@ -8,6 +8,7 @@ from remax_megatron.config.schema import MEGATRON, ROLLOUT, ConfigError
 
 @rule
 def ranks_match_launcher(setup: Setup) -> None:
+    """The launcher started as many ranks as the settings say."""
     trainer = setup.config.trainer
     ranks = trainer.nnodes * trainer.n_gpus_per_node
     if setup.world_size != ranks:
@@ -20,6 +21,7 @@ def ranks_match_launcher(setup: Setup) -> None:
 
 @rule
 def ranks_divide_into_replicas(setup: Setup) -> None:
+    """The ranks are a whole number of replicas of the policy."""
     if setup.world_size % (setup.tp * setup.pp):
         raise ConfigError(
             f"{MEGATRON}.tensor_model_parallel_size={setup.tp} x pipeline_model_parallel_size={setup.pp} does not"
@@ -29,6 +31,7 @@ def ranks_divide_into_replicas(setup: Setup) -> None:
 
 @rule
 def rollout_tp_divides_ranks(setup: Setup) -> None:
+    """The ranks are a whole number of replicas of the engine."""
     tp = setup.rollout.tensor_model_parallel_size
     if setup.world_size % tp:
         raise ConfigError(
@@ -39,6 +42,7 @@ def rollout_tp_divides_ranks(setup: Setup) -> None:
 
 @rule
 def virtual_stages_need_a_pipeline(setup: Setup) -> None:
+    """Virtual stages need more than one pipeline stage."""
     vpp = setup.megatron.virtual_pipeline_model_parallel_size
     if vpp is not None and vpp > 1 and setup.pp == 1:
         raise ConfigError(

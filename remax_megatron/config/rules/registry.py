@@ -25,22 +25,27 @@ class Setup:
 
     @property
     def actor(self) -> Actor:
+        """Return the settings of the actor."""
         return self.config.actor_rollout_ref.actor
 
     @property
     def megatron(self) -> Megatron:
+        """Return the settings of its Megatron."""
         return self.actor.megatron
 
     @property
     def rollout(self) -> RolloutConfig:
+        """Return the settings of the engine."""
         return self.config.actor_rollout_ref.rollout
 
     @property
     def tp(self) -> int:
+        """Return the policy's tensor-parallel size."""
         return self.megatron.tensor_model_parallel_size
 
     @property
     def pp(self) -> int:
+        """Return the number of pipeline stages."""
         return self.megatron.pipeline_model_parallel_size
 
     @property
@@ -50,10 +55,12 @@ class Setup:
 
     @property
     def on_cpu(self) -> bool:
+        """Tell whether the run will be on the CPU."""
         return expects_cpu(self.config)
 
     @property
     def longest_sequence(self) -> int:
+        """Count the tokens of the longest prompt and answer together."""
         return self.config.data.max_prompt_length + self.config.data.max_response_length
 
 
@@ -85,6 +92,7 @@ def remark(look: Remark) -> Remark:
 
 
 def divisors(number: int) -> list[int]:
+    """Return the divisors of `number` in order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
@@ -95,4 +103,5 @@ def numbers(legal: Iterable[int]) -> str:
 
 
 def one_of(names: str, count: int) -> str:
+    """Write `count` names as a choice."""
     return names if count == 1 else f"one of {names}"

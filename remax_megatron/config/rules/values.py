@@ -13,6 +13,7 @@ from remax_megatron.config.setting import value_of
 
 @rule
 def known_choices(setup: Setup) -> None:
+    """A setting with a list of legal values has one of them."""
     for key, setting in SETTINGS.items():
         value = value_of(setup.config, key)
         if setting.choices is not None and value not in setting.choices:
@@ -24,6 +25,7 @@ def known_choices(setup: Setup) -> None:
 
 @rule
 def numbers_in_range(setup: Setup) -> None:
+    """Numbers are finite and within their range."""
     for key, setting in SETTINGS.items():
         value = value_of(setup.config, key)
         if setting.limits is not None and value is not None and not setting.limits.hold(value):
@@ -36,6 +38,7 @@ def _reason(why: str) -> str:
 
 @rule
 def sampling_is_the_policy(setup: Setup) -> None:
+    """Answers are sampled from the whole softmax, whose log-probabilities the policy computes."""
     rollout = setup.rollout
     for name, legal, fix in (("top_p", (1.0,), "1.0"), ("top_k", (-1, 0), "-1")):
         value = getattr(rollout, name)
@@ -64,6 +67,7 @@ def temperatures_are_vllms(setup: Setup) -> None:
 
 @rule
 def validation_answers_differ(setup: Setup) -> None:
+    """Several validation answers per prompt have to be sampled."""
     val = setup.rollout.val_kwargs
     if val.n > 1 and not val.do_sample:
         raise ConfigError(
@@ -74,6 +78,7 @@ def validation_answers_differ(setup: Setup) -> None:
 
 @rule
 def remax_has_no_discount(setup: Setup) -> None:
+    """The reward of a whole answer is not discounted."""
     gamma = setup.config.algorithm.gamma
     if gamma != 1:
         raise ConfigError(
@@ -84,6 +89,7 @@ def remax_has_no_discount(setup: Setup) -> None:
 
 @rule
 def estimator_has_its_samples(setup: Setup) -> None:
+    """Estimators that compare answers need several per prompt."""
     estimator = get_estimator(setup.config.algorithm.adv_estimator)
     if setup.rollout.n < estimator.min_samples:
         raise ConfigError(
@@ -94,6 +100,7 @@ def estimator_has_its_samples(setup: Setup) -> None:
 
 @rule
 def zero_advantage_rows_have_no_gradient(setup: Setup) -> None:
+    """Rows of advantage 0 are left out only where they have no gradient."""
     actor = setup.actor
     if not actor.skip_zero_advantage:
         return
@@ -107,6 +114,7 @@ def zero_advantage_rows_have_no_gradient(setup: Setup) -> None:
 
 @rule
 def one_correction_of_the_mismatch(setup: Setup) -> None:
+    """The mismatch between engine and policy is corrected once."""
     correction = setup.config.algorithm.rollout_correction
     key = "algorithm.rollout_correction"
     if correction.bypass_old_logprobs and correction.rollout_is is not None:
@@ -138,6 +146,7 @@ def kl_controller_can_move(setup: Setup) -> None:
 
 @rule
 def shared_prompts_are_packed_by_tokens(setup: Setup) -> None:
+    """Shared prompts need a backend that computes them, and micro-batches by tokens."""
     backend = setup.megatron.attention_backend
     if setup.actor.share_prompts and backend not in ("auto", "flex", "sdpa"):
         raise ConfigError(
@@ -153,6 +162,7 @@ def shared_prompts_are_packed_by_tokens(setup: Setup) -> None:
 
 @rule
 def resumed_checkpoint_is_named(setup: Setup) -> None:
+    """Resuming from a path needs the path."""
     trainer = setup.config.trainer
     if trainer.resume_mode == "path" and not trainer.resume_from_path:
         raise ConfigError(
@@ -163,6 +173,7 @@ def resumed_checkpoint_is_named(setup: Setup) -> None:
 
 @rule
 def packing_is_on(setup: Setup) -> None:
+    """Micro-batches are always packed."""
     if not setup.config.actor_rollout_ref.model.use_remove_padding:
         key = "actor_rollout_ref.model.use_remove_padding"
         raise ConfigError(f"{key}=False is not offered: micro-batches are always packed; set {key}=True")
@@ -170,6 +181,7 @@ def packing_is_on(setup: Setup) -> None:
 
 @rule
 def no_code_from_model_folders(setup: Setup) -> None:
+    """Code from a model folder is never executed."""
     if setup.config.actor_rollout_ref.model.trust_remote_code:
         key = "actor_rollout_ref.model.trust_remote_code"
         raise ConfigError(f"{key}=True is refused: code from a model folder is never executed; set {key}=False")
@@ -177,6 +189,7 @@ def no_code_from_model_folders(setup: Setup) -> None:
 
 @rule
 def context_parallelism_is_off(setup: Setup) -> None:
+    """Context parallelism is not offered."""
     size = setup.megatron.context_parallel_size
     if size != 1:
         raise ConfigError(
