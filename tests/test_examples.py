@@ -1,4 +1,4 @@
-"""Every file of examples/ is loaded as the trainer, the data reader or Slurm loads it; the commands are in test_commands.py."""
+"""Every file of examples/, loaded as the trainer, the data reader or Slurm loads it. Commands: test_commands.py."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_own_data(tmp_path):
         load_prompts(tmp_path / f"{name}.jsonl", tokenizer, max_prompt_length=limit, filter_overlong_prompts=False)
         for name in ("train", "val")
     )
-    assert (len(train), len(val)) == (512, 64) and not {p.token_ids for p in train} & {p.token_ids for p in val}
+    assert (len(train), len(val)) == (1280, 128) and not {p.token_ids for p in train} & {p.token_ids for p in val}
     first = train[0]
     assert first.data_source == "my_sums" and first.extra_info["index"] == 0
     assert first.ground_truth == str(first.extra_info["first"] - first.extra_info["second"])
