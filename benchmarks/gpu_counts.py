@@ -11,7 +11,7 @@ wheel in .te/.
   --model SIZE        0.5b, 1.5b, 3b, 7b, 14b, 32b instead of the preset's model
   --row PROMPT,ANSWER tokens of a row instead of the largest that the settings allow
   --micro-batches N   per update and rank (default 2, with pipeline stages twice their number)
-  --phases LIST       of score, update, sync (default all); update alone is the quickest way to a peak
+  --phases LIST       of score, update, sync (default all), update among them; alone it is the quickest way to a peak
   --json FILE         all counts, for programs
 
 It counts, it does not measure: no time, no cuDNN, no workspaces, no fragmentation, no vLLM.
@@ -244,8 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(options.preset, [layers, *options.overrides]).config
         facts = FACTS[options.model] if options.model else facts_of(config.actor_rollout_ref.model.path)
         validate(config, config.trainer.n_gpus_per_node * config.trainer.nnodes, facts)
-        if set(options.phases) - set(PHASES):
-            raise ConfigError(f"--phases={','.join(options.phases)}: set it to some of {','.join(PHASES)}")
+        if set(options.phases) - set(PHASES) or "update" not in options.phases:
+            raise ConfigError(f"--phases={','.join(options.phases)}: set it to update, and of {','.join(PHASES)} more")
     found = count(config, facts, row=options.row, num_microbatches=options.micro_batches, phases=options.phases)
     expected = ledger(config, facts, options.row)
     worst = max(found, key=lambda counts: counts.peak_bytes)

@@ -60,6 +60,7 @@ class RowGroup(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Count the tokens that are computed."""
         return self.prompt_tokens + sum(self.response_tokens)
 
     @property

@@ -1,6 +1,6 @@
 """What a run reads: the model's folder and the prompts, found (or made, or downloaded) and checked.
 
-Inputs are prepared before any process group or engine exists, so that what a user can mend is one `error:` line.
+Inputs are prepared before any process group or engine exists, so that what a user can fix is one `error:` line.
 """
 
 from __future__ import annotations
@@ -135,7 +135,14 @@ def local_data_files(files) -> list[str]:
     return [embedded.get(file, file) for file in files]
 
 
-def check_agreement(config: Config, inputs: Inputs) -> str:
+def total_steps(config: Config, num_prompts: int) -> int:
+    """Steps of a whole run over `num_prompts` training prompts."""
+    steps = num_prompts // config.data.train_batch_size * config.trainer.total_epochs
+    limit = config.trainer.total_training_steps
+    return steps if limit is None else min(steps, limit)
+
+
+def check_ranks_agree(config: Config, inputs: Inputs) -> str:
     """The digest of the training prompts. ConfigError, on every rank, when ranks would train on other settings or
     prompts than rank 0. Collective."""
     train, val = (

@@ -92,8 +92,11 @@ def advice(
     """The two changes that save most in `phase`, as the ledger counts it. Another layout, which is slower, comes after
     all others that save, and what the ledger does not count comes last.
 
-    `on_cpu` says that the ranks compute on the CPU; `host_only` that they do on GPUs, and it was the host's memory.
-    `world_size` counts the ranks; a device has `card` bytes.
+    config, facts  the run's settings and the sizes of its model
+    world_size     ranks
+    on_cpu         the ranks compute on the CPU
+    host_only      they do on GPUs, and it was the host's memory
+    card           bytes of a device
     """
 
     def need(changed: Config) -> int:

@@ -1,4 +1,4 @@
-"""The folder of a run, `trainer.default_local_dir`: begun anew, or gone on with from a checkpoint.
+"""The folder of a run, `trainer.default_local_dir`: started anew, or resumed from a checkpoint.
 
 metrics.jsonl config.yaml curves.png hf/    records, settings and result
 checkpoints/                                see checkpoint/folders.py
@@ -32,6 +32,7 @@ LISTED_WITHIN_S = 30.0
 
 
 def checkpoints_folder(config: Config) -> Path:
+    """Return the folder of the run's checkpoints."""
     return Path(config.trainer.default_local_dir) / "checkpoints"
 
 
@@ -72,11 +73,11 @@ def _not_writable(folder: Path, error: OSError) -> ConfigError:
 
 
 def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
-    """Make the folder ready and save the settings; `resumed` is the checkpoint that is gone on from, and its step.
+    """Make the folder ready and save the settings; `resumed` is the checkpoint that the run resumes from, and its step.
 
-    A checkpoint of this folder: records of later steps are dropped, they will be made again; later checkpoints, damaged
-    or of a branch that is left (then with a copy of the records), and the result of a shorter run move to previous-N/.
-    Otherwise all that an earlier run left moves there.
+    If the checkpoint is of this folder, records of later steps are removed, because they will be made again;
+    checkpoints newer than the resumed step move to previous-N/, with a copy of metrics.jsonl, and so does the result of
+    a shorter run. Otherwise all that an earlier run left moves there.
     ConfigError when the folder cannot be written.
     """
     folder, checkpoints = Path(config.trainer.default_local_dir), checkpoints_folder(config)

@@ -84,4 +84,5 @@ class Row:
 
     @property
     def num_tokens(self) -> int:
+        """Count the tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)

@@ -88,18 +88,18 @@ class Case:
 
 TE = "transformer_engine"
 CASES = [
-    Case("0.5b", "local", (256, 768), 8192, (18_053_382_656,)),
-    Case("1.5b", "local", (512, 1536), 16384, (10_804_048_896,), tp=4, sequence_parallel=True, recompute="selective"),
+    Case("0.5b", "local", (256, 768), 8192, (17_954_816_512,)),
+    Case("1.5b", "local", (512, 1536), 16384, (10_342_675_456,), tp=4, sequence_parallel=True, recompute="selective"),
     Case(
-        "1.5b", "local", (512, 1536), 16384, (17_874_187_264,), tp=2, recompute="full", method="uniform", num_layers=4
+        "1.5b", "local", (512, 1536), 16384, (17_807_078_400,), tp=2, recompute="full", method="uniform", num_layers=4
     ),
-    Case("3b", "local", (1024, 1024), 8192, (25_342_397_952, 18_317_131_264), tp=2, pp=2, dp=2, sequence_parallel=True),
+    Case("3b", "local", (1024, 1024), 8192, (25_048_796_672, 18_170_326_528), tp=2, pp=2, dp=2, sequence_parallel=True),
     Case(
         "7b",
         "local",
         (1024, 3072),
         12288,
-        (34_265_997_312,),
+        (34_026_921_984,),
         tp=4,
         dp=2,
         sequence_parallel=True,
@@ -112,15 +112,15 @@ CASES = [
         "local",
         (512, 1536),
         8192,
-        (54_223_602_176, 43_080_738_816, 38_903_336_448, 44_985_442_816),
+        (53_837_726_208, 42_791_331_840, 38_710_398_464, 44_985_442_816),
         tp=2,
         pp=4,
         sequence_parallel=True,
         recompute="selective",
     ),
-    Case("32b", "local", (512, 1536), 4096, (45_429_001_728, 45_105_506_816), tp=8, pp=2, sequence_parallel=True),
-    Case("0.5b", "local", (512, 512), 8192, (23_745_547_776,), dp=2, dtype="float32"),
-    Case("1.5b", "local", (1024, 512), 8192, (45_300_721_152,), share_prompts=True),
+    Case("32b", "local", (512, 1536), 4096, (45_164_760_576, 45_105_506_816), tp=8, pp=2, sequence_parallel=True),
+    Case("0.5b", "local", (512, 512), 8192, (23_548_415_488,), dp=2, dtype="float32"),
+    Case("1.5b", "local", (1024, 512), 8192, (45_084_452_352,), share_prompts=True),
     Case("3b", TE, (512, 1536), 12288, (20_106_341_888,), tp=4, dp=2, sequence_parallel=True),
     Case("14b", TE, (1024, 1024), 8192, (59_939_641_344,), tp=4, dp=2, recompute="selective"),
     Case(

@@ -14,18 +14,16 @@ import pytest
 import torch
 
 from remax_megatron.checkpoint.folders import (
-    CheckpointError,
-    RunState,
     best_step,
     check_files,
     file_record,
     iteration_folder,
     prune,
-    read_state,
     saved_steps,
     write_manifest,
 )
 from remax_megatron.checkpoint.resume import _begun_from, check_same_run
+from remax_megatron.checkpoint.state import CheckpointError, RunState, read_state
 from remax_megatron.config.load import load_config
 from remax_megatron.errors import UserError
 from remax_megatron.model.mapped import MappedFiles
@@ -78,6 +76,7 @@ def train(payload, device, layers: str = LAYERS) -> list[tuple[float, float]]:
     from remax_megatron.config.schema import Actor
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
     from remax_megatron.policy.training_state import TrainingState
 
     _, tp, pp, vpp, dtype, distributed = LAYOUTS[payload["layout"]]
@@ -90,11 +89,11 @@ def train(payload, device, layers: str = LAYERS) -> list[tuple[float, float]]:
     actor.ppo_max_token_len_per_gpu, actor.optim.lr = 64, 1e-3
     facts = ModelFacts.from_folder(payload["model"])
     start = payload["start"]
-    policy = Policy(facts, layout, actor, model_folder=start, temperature=1.0)
+    policy = Policy(facts, layout, PolicySettings(actor), start)
     training_state = TrainingState(policy)
     if payload["done"]:
         training_state.load_optimizer(start, payload["done"])
-    saver = Saver(payload["root"], training_state, layout, {}, keep=9, in_background=payload["background"], say=print)
+    saver = Saver(payload["root"], training_state, layout, {}, keep=9, in_background=payload["background"])
     if payload["done"]:  # what was loaded, written at once
         saver.save(state(payload["done"]), in_background=False)
     found = []
@@ -176,6 +175,7 @@ def megatron_worker(payload) -> float:
     from remax_megatron.config.schema import Actor
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
 
     device = init_distributed("cpu", 100)
     layout = init_model_parallel(device, tp=2, pp=1, vpp=None, seed=1)
@@ -184,7 +184,7 @@ def megatron_worker(payload) -> float:
     facts = ModelFacts.from_folder(payload["model"])
 
     def policy(folder: str) -> Policy:
-        return Policy(facts, layout, actor, model_folder=folder, temperature=1.0)
+        return Policy(facts, layout, PolicySettings(actor), folder)
 
     ours, theirs = policy(payload["checkpoint"]), policy(payload["model"])
     chunk = theirs.bare_chunks[0]
@@ -304,15 +304,16 @@ def filling_worker(payload) -> list[str]:
     from remax_megatron.config.schema import Actor
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
     from remax_megatron.policy.training_state import TrainingState
 
     device = init_distributed("cpu", 100)
     layout = init_model_parallel(device, tp=1, pp=1, vpp=None, seed=1)
     actor, facts = Actor(), ModelFacts.from_folder(payload["model"])
     actor.megatron.dtype, actor.megatron.layers = "float32", LAYERS
-    policy = Policy(facts, layout, actor, model_folder=payload["model"], temperature=1.0)
+    policy = Policy(facts, layout, PolicySettings(actor), payload["model"])
     module.ROOM_FOR_INDEX = 0  # a small disk and a small model
-    saver = module.Saver(payload["root"], TrainingState(policy), layout, {}, keep=9, in_background=False, say=print)
+    saver = module.Saver(payload["root"], TrainingState(policy), layout, {}, keep=9, in_background=False)
     saver.save(state(1))
     said = []
     if layout.rank == 0:

@@ -179,7 +179,7 @@ def loading_worker(models: dict[str, Model]) -> list[tuple]:
             loaded = dist_checkpointing.load(state, str(model.megatron / ITERATION_FOLDER))
             chunk.load_state_dict(loaded["model"], strict=True)
             logits = logits_of(chunk, layout, model.logits.shape[1])
-            if layout.speaks_for_replica:
+            if layout.reports_for_replica:
                 difference = (logits - model.logits).abs().max().item()
                 results.append((layout.tp, layout.pp, layout.dp, layout.dp_rank, name, difference))
     return results

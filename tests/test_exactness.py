@@ -54,6 +54,7 @@ def build(folder: str, device, *, tp: int, pp: int, how: tuple, layers: str = LA
     from remax_megatron.config.schema import Actor
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
 
     share, _, budget, recompute = how
     actor = Actor()
@@ -67,7 +68,7 @@ def build(folder: str, device, *, tp: int, pp: int, how: tuple, layers: str = LA
     actor.ppo_micro_batch_size_per_gpu = 1
     layout = init_model_parallel(device, tp=tp, pp=pp, vpp=None, seed=1)
     facts = ModelFacts.from_folder(folder)
-    return Policy(facts, layout, actor, model_folder=folder, temperature=1.0, recompute=recompute)
+    return Policy(facts, layout, PolicySettings(actor, recompute=recompute), folder)
 
 
 def gradients(policy) -> dict[str, torch.Tensor]:

@@ -102,6 +102,7 @@ class FixedKl:
         """Nothing."""
 
     def state_dict(self) -> dict[str, float]:
+        """Return what a checkpoint keeps."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -143,6 +144,7 @@ class AdaptiveKl:
         self.coef *= 1.0 + min(max(kl / self.target - 1.0, -0.2), 0.2) * num_samples / self.horizon
 
     def state_dict(self) -> dict[str, float]:
+        """Return what a checkpoint keeps."""
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

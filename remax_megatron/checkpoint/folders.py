@@ -3,7 +3,7 @@
     DIR/latest_checkpointed_iteration.txt    "120"
     DIR/config.json, tokenizer files         with them the converters take DIR as a model
     DIR/iter_0000120/.metadata, *.distcp     weights and optimizer, `torch_dist` (see policy/training_state.py)
-    DIR/iter_0000120/state.json              the rest of the run's state (RunState)
+    DIR/iter_0000120/state.json              the rest of the run's state (checkpoint/state.py)
     DIR/iter_0000120/manifest.json           size and xxh3-128 digest of every file
     DIR/.iter_0000130.partial/               being written, or left by a run that died
 
@@ -13,56 +13,32 @@ pickles name anything but records of tensors is refused.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from remax_megatron.atomic import replacing
+from remax_megatron.checkpoint.state import CheckpointError, read_state
 from remax_megatron.convert.manifest import MANIFEST
-from remax_megatron.errors import UserError
 from remax_megatron.model.megatron_folder import TRACKER
 from remax_megatron.model.torch_dist import TorchDist
 from remax_megatron.parallel import watchdog
 
-STATE = "state.json"
-FORMAT = 1
 READ_BYTES = 16 * 2**20
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or cannot be gone on from."""
-
-
-@dataclass(frozen=True)
-class RunState:
-    """What a run is beside its weights and optimizer state. `step` counts finished steps; the data's position, the
-    seeds of sampling and the learning rate follow from it and from `config`."""
-
-    step: int
-    num_updates: int
-    weight_version: int
-    learner: dict[str, Any]
-    train_prompts: str  # digest of the training prompts in their order
-    config: dict[str, Any]
-    accuracy: float | None = None  # of the validation after `step`, when there was one
-    format: int = field(default=FORMAT)
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-
 def iteration_folder(root: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of `step`."""
     return root / f"iter_{step:07d}"
 
 
 def partial_folder(root: Path, step: int) -> Path:
+    """Return the folder in which the checkpoint of `step` is written before it is renamed."""
     return root / f".iter_{step:07d}.partial"
 
 
@@ -70,23 +46,6 @@ def saved_steps(root: Path) -> list[int]:
     """Steps of the checkpoints in `root`, the newest first."""
     found = (re.fullmatch(r"iter_(\d+)", path.name) for path in root.glob("iter_*"))
     return sorted((int(match[1]) for match in found if match), reverse=True)
-
-
-def read_state(folder: Path) -> RunState:
-    """CheckpointError when `folder` holds no state of a run, or a damaged one."""
-    path = folder / STATE
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {content['format']}, this version reads {FORMAT}")
-        return RunState(**content)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} is no checkpoint of a run: it has no {STATE}; a model's folder belongs in "
-            "actor_rollout_ref.model.path"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
 # Digests -------------------------------------------------------------------------------------------------------------
@@ -178,5 +137,6 @@ def remove_leftovers(root: Path) -> None:
 
 
 def write_tracker(root: Path, step: int) -> None:
+    """Name `step` as the latest checkpoint, as Megatron does."""
     with replacing(root / TRACKER) as path:
         path.write_text(f"{step}\n")

@@ -1,22 +1,19 @@
-"""Going on with a run: which checkpoint, whether it is sound, and whether the settings still mean the same run."""
+"""Resuming a run: which checkpoint, whether it is sound, and whether the settings still mean the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from remax_megatron.checkpoint.folders import (
-    STATE,
-    CheckpointError,
-    RunState,
     check_files,
     iteration_folder,
-    read_state,
     saved_steps,
 )
+from remax_megatron.checkpoint.state import STATE, CheckpointError, RunState, read_state
 from remax_megatron.config.load import known_keys
 from remax_megatron.config.rules import value_of
 from remax_megatron.config.schema import Config
@@ -24,7 +21,9 @@ from remax_megatron.errors import UserError
 from remax_megatron.model.megatron_folder import checkpoint_folder
 from remax_megatron.parallel.first_rank import from_first_rank
 
-# Settings that may change when a run is gone on with: where and how fast it computes, how long, what it shows. Groups
+log = logging.getLogger(__name__)
+
+# Settings that may change when a run is resumed: where and how fast it computes, how long, what it shows. Groups
 # end with a dot. All others say what is computed.
 FREE = (
     "trainer.",
@@ -56,10 +55,10 @@ FREE = (
 FIXED = ("trainer.seed", "actor_rollout_ref.actor.megatron.dtype")  # though of a free group
 
 
-def find_checkpoint(config: Config, root: Path, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
-    """The checkpoint to go on from, None for a new run. Collective over the world; the same on every rank.
+def find_checkpoint(config: Config, root: Path) -> tuple[Path, RunState] | None:
+    """The checkpoint to resume from, None for a new run. Collective over the world; the same on every rank.
 
-    trainer.resume_mode=auto takes the newest sound checkpoint in `root`, saying why newer ones are passed over. path
+    trainer.resume_mode=auto takes the newest sound checkpoint in `root` and logs why newer ones are passed over. path
     takes the one that is named, until the run that was begun from it has checkpoints of its own: the same command goes
     on. CheckpointError when there are checkpoints but none is sound.
     """
@@ -81,12 +80,12 @@ def find_checkpoint(config: Config, root: Path, say: Callable[[str], None]) -> t
             return folder, read_state(folder)
         problems.append(problem)
         if folder != candidates[-1]:
-            say(f"{problem}: passed over, an earlier checkpoint is tried")
+            log.warning("%s: passed over, an earlier checkpoint is tried", problem)
     if not problems:
         return None
-    mend = "name another checkpoint" if trainer.resume_mode == "path" else "no other one is sound"
+    fix = "name another checkpoint" if trainer.resume_mode == "path" else "no other one is sound"
     raise CheckpointError(
-        f"trainer.resume_mode={trainer.resume_mode}: {problems[-1]}; {mend}, or set trainer.resume_mode=disable to "
+        f"trainer.resume_mode={trainer.resume_mode}: {problems[-1]}; {fix}, or set trainer.resume_mode=disable to "
         "begin anew"
     )
 

@@ -79,6 +79,8 @@ def _mul(x: int, y: int) -> tuple[str, int]:
 def _one_step(
     family: str, question: str, who: str, things: str, right: tuple[str, int], wrong: tuple[str, int]
 ) -> Problem:
+    """Make a problem of `family` from its `question`: how many `things` `who` has, `right` and `wrong`, each as
+    (how it is reckoned, number)."""
     return Problem(
         family=family,
         question=question,

@@ -77,8 +77,8 @@ def settings(config: Config, world_size: int, notes: Sequence[str], findings: li
         with suppress(LocalEntryNotFoundError, HFValidationError):
             folder = Path(snapshot_download(path, local_files_only=True))
         if not any(folder.glob("*.safetensors")):
-            mend = "nodes often have no network: run `hf download` for it where there is one, or set a local folder"
-            findings.append(Finding("model", WARNING, f"{path} is not, or not whole, in the local hub cache", mend))
+            fix = "nodes often have no network: run `hf download` for it where there is one, or set a local folder"
+            findings.append(Finding("model", WARNING, f"{path} is not, or not whole, in the local hub cache", fix))
     try:
         check_attention(config)
         validate_files(config)
@@ -87,8 +87,8 @@ def settings(config: Config, world_size: int, notes: Sequence[str], findings: li
             validate(config, world_size, facts)
             what = f"{facts.num_layers} layers of {facts.hidden_size}"
     except ConfigError as error:
-        fact, _, mend = " ".join(str(error).split()).rpartition("; ")
-        findings.append(Finding(SETTINGS, PROBLEM, fact or mend, mend if fact else ""))
+        fact, _, fix = " ".join(str(error).split()).rpartition("; ")
+        findings.append(Finding(SETTINGS, PROBLEM, fact or fix, fix if fact else ""))
         return None
     findings.append(Finding(SETTINGS, OK, "; ".join([f"valid for {world_size} ranks and {path} ({what})", *notes])))
     return facts

@@ -85,9 +85,14 @@ def ledger(
     stage: int | None = None,
     stack: Stack | None = None,
 ) -> Ledger:
-    """The ledger of `config` on `world_size` ranks, whose devices have `card` bytes.
+    """The ledger of `config` for a model of `facts`.
 
-    None: `batch` is `full_micro_batch`'s, `stage` the pipeline stage that needs most, `stack` what is installed here.
+    world_size  ranks
+    card        bytes of each device
+    on_cpu      the ranks compute on the CPU
+    batch       the micro-batches, None: those of `full_micro_batch`
+    stage       the pipeline stage, None: the one that needs most
+    stack       what computes, None: what is installed here
     """
     batch, stack = batch or full_micro_batch(config, world_size), stack or installed_stack(config, on_cpu)
     pp = config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
@@ -152,7 +157,7 @@ def _tp_pp(config: Config) -> int:
 
 
 class _Rank:
-    """One rank of `stage`: the sizes that the terms are made of, and the terms."""
+    """One rank: the sizes that the terms are made of, and the terms. The arguments are those of `ledger`."""
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise `hidden` [..., H] over its last dimension."""
         return F.rms_norm(hidden, (hidden.shape[-1],), self.weight, self.eps)
 
 

@@ -6,6 +6,8 @@ micro-batch never exist. Weights come from `remax_megatron.model.weights`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
@@ -61,9 +63,13 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's description of the architecture in `facts` under `layout`.
 
-    `layers` and `attention_backend` are results of `choose_layers` and `choose_backend`.
+    dtype              of the weights
+    sequence_parallel  whether norms and residuals are cut over the tensor-parallel ranks
+    recompute          what the backward pass computes again
+    layers             a result of `choose_layers`
+    attention_backend  a result of `choose_backend`
     """
-    fields = dict(
+    fields: dict[str, Any] = dict(
         num_layers=facts.num_layers,
         hidden_size=facts.hidden_size,
         ffn_hidden_size=facts.ffn_hidden_size,
@@ -100,17 +106,20 @@ def transformer_config(
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_sync=False,  # a device synchronisation per message, for versions of torch long gone
     )
-    if recompute.granularity == "full":
-        fields |= dict(
-            recompute_granularity="full",
-            recompute_method=recompute.method,
-            recompute_num_layers=recompute.num_layers,
-        )
-    elif recompute.granularity == "selective":
-        fields |= dict(recompute_granularity="selective", recompute_modules=list(recompute.modules))
+    fields |= _recompute_fields(recompute)
     if layout.device.type != "cuda":
         fields |= cpu_platform.transformer_config_overrides()
     return TransformerConfig(**fields)
+
+
+def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
+    """Megatron's settings for what the backward pass computes again."""
+    if recompute.granularity == "full":
+        method, count = recompute.method, recompute.num_layers
+        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
+    if recompute.granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}
+    return {}
 
 
 def build_chunks(

@@ -59,8 +59,17 @@ class Engine:
     ):
         """Collective: every rank of the world calls with the same arguments, after torch.distributed is up.
 
-        Lengths are tokens, `dtype` is "float32" or "bfloat16"; `greedy` False leaves the greedy answers out of
-        rollouts. The weights are random until the first `reload`.
+        model_folder         has config.json; the weights are random until the first `reload`
+        tokenizer            decodes answers
+        config               sampling, sizes and memory
+        dtype                "float32" or "bfloat16"
+        max_prompt_length    tokens
+        max_response_length  tokens
+        seed                 of the run; those of samples derive from it
+        device               of this rank
+        tied_embeddings      whether the head is the embedding
+        stop_token_ids       end an answer
+        greedy               False leaves the greedy answers out of rollouts
         """
         self.tokenizer, self.config, self.seed = tokenizer, config, seed
         self.max_response_length = max_response_length
@@ -140,6 +149,10 @@ class Engine:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
+    def resume_at(self, weight_version: int) -> None:
+        """Let the next `reload`, which sends the weights of that version once more, bear its number."""
+        self.weight_version = weight_version - 1
+
     def reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace the weights by `weights` (Hugging Face names, whole tensors) and forget the prefix cache.
 
@@ -184,7 +197,7 @@ class Engine:
         if self._num_sleeps > 2 and self.asleep_bytes > self._asleep_limit:
             log.warning(
                 "the device holds %.2f GiB beside torch's memory while vLLM sleeps, %.2f GiB more than before: "
-                "if memory/engine_asleep_gib goes on rising, set actor_rollout_ref.rollout.enforce_eager=True",
+                "if memory/engine_asleep_gib keeps rising, set actor_rollout_ref.rollout.enforce_eager=True",
                 self.asleep_bytes / 2**30,
                 (self.asleep_bytes - self._asleep_limit + ASLEEP_GROWTH) / 2**30,
             )

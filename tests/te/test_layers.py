@@ -107,6 +107,7 @@ def bfloat16_worker(folder: str):
     from remax_megatron.errors import UserError
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
     from tests.stand_ins.te_cpu import compiled
     from tests.test_exactness import gradients
 
@@ -126,7 +127,7 @@ def bfloat16_worker(folder: str):
         actor.megatron.use_distributed_optimizer, actor.optim.clip_grad = False, 0.0
         layout = init_model_parallel(device, tp=1, pp=1, vpp=None, seed=1)
         forget_attention()
-        return Policy(facts, layout, actor, model_folder=folder, temperature=1.0)
+        return Policy(facts, layout, PolicySettings(actor), folder)
 
     found = {}
     for name, *how in (

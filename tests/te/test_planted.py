@@ -145,6 +145,7 @@ def worker(payload) -> dict[str, dict[str, float | str]]:
     from remax_megatron.config.schema import Actor
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
     from tests.te import test_layers, test_overlap
     from tests.test_policy_parity import logits_of
 
@@ -173,7 +174,7 @@ def worker(payload) -> dict[str, dict[str, float | str]]:
         actor.ppo_max_token_len_per_gpu, actor.share_prompts = 160, False
         layout, facts = init_model_parallel(device, tp=1, pp=1, vpp=None, seed=1), ModelFacts.from_folder(folder)
         test_layers.forget_attention()
-        policy = Policy(facts, layout, actor, model_folder=folder, temperature=1.0)
+        policy = Policy(facts, layout, PolicySettings(actor), folder)
         policy.logprobs(rows)
         mpu.destroy_model_parallel()
         test_layers.forget_attention()

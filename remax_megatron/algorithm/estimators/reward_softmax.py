@@ -53,6 +53,7 @@ def effective_sample_size(rewards: Sequence[Sequence[float]], temperature: float
 
 
 def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not above 0."""
     if not (math.isfinite(temperature) and temperature > 0.0):
         raise UserError(
             f"the temperature of algorithm.adv_estimator=reward_softmax is {temperature}: it must be a finite number "
