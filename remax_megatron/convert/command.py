@@ -21,7 +21,7 @@ class Command(argparse.ArgumentParser):
 
     def __init__(self, prog: str, doc: str | None):
         super().__init__(
-            prog=f"python {prog}",
+            prog=sys.argv[0] if sys.argv[0].startswith("remax-convert ") else f"python {prog}",
             description=textwrap.dedent(doc or ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
