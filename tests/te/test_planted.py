@@ -36,9 +36,9 @@ def norms_swapped() -> Iterator[None]:
 
 @contextmanager
 def key_and_value_swapped() -> Iterator[None]:
-    from remax_megatron.model import weights
+    from remax_megatron.model import live_weights
 
-    real = weights.to_megatron
+    real = live_weights.to_megatron
 
     def swapped(entry, tensors, *rest):
         names = list(tensors)
@@ -46,7 +46,7 @@ def key_and_value_swapped() -> Iterator[None]:
             tensors = {names[0]: tensors[names[0]], names[1]: tensors[names[2]], names[2]: tensors[names[1]]}
         return real(entry, tensors, *rest)
 
-    with mock.patch.object(weights, "to_megatron", swapped):
+    with mock.patch.object(live_weights, "to_megatron", swapped):
         yield
 
 
