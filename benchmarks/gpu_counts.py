@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.rules import MEGATRON, validate
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.rules import validate
+from remax_megatron.config.schema import MEGATRON, Config, ConfigError
 from remax_megatron.doctor.fitting import with_setting
+from remax_megatron.model_facts import ModelFacts
 from tests.stand_ins.fake_cuda.models import FACTS, facts_of
 from tests.stand_ins.fake_cuda.processes import Job, Report, play_each
 

@@ -28,8 +28,8 @@ from common import finish, machine
 from random_model import config_of, make_folder
 
 from remax_megatron.algorithm.aggregation import weigh_rows
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Actor
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.types import Row
 
@@ -86,6 +86,7 @@ def main() -> None:
     details = {"machine": machine(), "config": vars(options), "model": MODEL}
     print(f"machine: {details['machine']}\nconfig: {details['config']}", flush=True)
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
 
     device = init_distributed("cpu", 600)
     layout = init_model_parallel(device, tp=1, pp=1, vpp=None, seed=0)
@@ -95,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         make_folder(Path(work) / "model", MODEL)
         facts = ModelFacts.from_folder(Path(work) / "model")
-        policy = Policy(facts, layout, actor, model_folder=str(Path(work) / "model"), temperature=1.0)
+        policy = Policy(facts, layout, PolicySettings(actor), str(Path(work) / "model"))
 
     def measure(rows: list[Row], *, packs: bool, shares: bool) -> dict[str, float]:
         actor.use_dynamic_bsz, policy.shares_prompts = packs, shares

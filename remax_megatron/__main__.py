@@ -11,6 +11,7 @@ from remax_megatron.config import cli
 
 
 def main() -> None:
+    """Read the command line, check the settings, and run."""
     request = cli.parse(sys.argv[1:])
     config, facts, notes = cli.load_and_validate(request, int(os.environ.get("WORLD_SIZE", "1")))
     with cli.reported_errors():

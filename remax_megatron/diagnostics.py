@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from remax_megatron.algorithm.estimators import estimator_variances
@@ -10,9 +10,9 @@ from remax_megatron.types import Completion, Rollout, Row
 
 if TYPE_CHECKING:
     from remax_megatron.flops import UpdateFlops
-    from remax_megatron.learner import Learned
     from remax_megatron.policy.policy import UpdateResult
     from remax_megatron.rollout.bridge import SyncReport
+    from remax_megatron.update import LearnResult
 
 
 def rollout_metrics(rollouts: Sequence[Rollout], rows: Sequence[Row]) -> dict[str, float]:
@@ -83,34 +83,29 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
     """Means over the optimizer steps of one rollout batch (over the skipped ones when none was made); micro-batches
     are counted over all of them.
 
-    Importance weights and the mismatch between engine and policy are those of the first step, the only one before
-    any weight moved.
+    What compares the policy with the engine (`Objective.metrics`) is of the first step, the only one before any weight
+    moved.
     """
-
     if not results:  # every advantage was 0, and so is the gradient
         return {"actor/loss": 0.0, "actor/grad_norm": 0.0, "actor/num_updates": 0}
 
     made = [result for result in results if not result.skipped]
 
-    def mean(name: str) -> float:
-        return sum(getattr(result, name) for result in made or results) / len(made or results)
+    counted = made or results
 
+    def mean(values: Iterable[float]) -> float:
+        return sum(values) / len(counted)
+
+    of_actor = [name for name in results[0].metrics if name.startswith("actor/")]
     return {
-        "actor/loss": mean("loss"),
-        "actor/grad_norm": mean("grad_norm"),
+        "actor/loss": mean(result.loss for result in counted),
+        "actor/grad_norm": mean(result.grad_norm for result in counted),
         "actor/lr": results[-1].learning_rate,
-        "actor/entropy": mean("entropy"),
-        "actor/clip_share": mean("clip_share"),
-        "actor/dual_clip_share": mean("dual_clip_share"),
-        "actor/approx_kl": mean("approx_kl"),
-        "actor/kl": mean("kl"),
+        **{name: mean(result.metrics[name] for result in counted) for name in of_actor},
         "actor/num_updates": len(made),
         "batch/num_microbatches": sum(result.num_microbatches for result in results),
-        "batch/fill": mean("fill"),
-        "rollout/logprob_diff_mean": results[0].mismatch_mean,
-        "rollout/logprob_diff_signed_mean": results[0].mismatch_signed_mean,
-        "rollout/logprob_diff_max": results[0].mismatch_max,
-        **results[0].importance,
+        "batch/fill": mean(result.fill for result in counted),
+        **{name: value for name, value in results[0].metrics.items() if name not in of_actor},
     }
 
 
@@ -132,7 +127,7 @@ def sync_metrics(report: SyncReport) -> dict[str, float]:
 
 
 def throughput_metrics(
-    rollouts: Sequence[Rollout], learned: Learned, times: dict[str, float], flops: UpdateFlops
+    rollouts: Sequence[Rollout], learned: LearnResult, times: dict[str, float], flops: UpdateFlops
 ) -> dict[str, float]:
     """Tokens per second of the whole run: trained ones (prompts included, once per pass over them) per second of
     update, generated ones (greedy answers included) per second of rollout; and the updates' FLOPs per second.

@@ -1,4 +1,4 @@
-"""The one base of errors that a user can mend: they end as a single `error:` line and exit code 2, not a traceback."""
+"""The one base of errors that a user can fix: they end as a single `error:` line and exit code 2, not a traceback."""
 
 
 class UserError(ValueError):

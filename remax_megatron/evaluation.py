@@ -57,7 +57,8 @@ def validate(
 
 
 def extracted_answer(data_source: str, text: str) -> str | None:
-    """The text that votes: what EXTRACTORS find in `text`, None where that is nothing; else all of it, stripped."""
+    """The text that votes: what the extractor of the source finds in `text`, None if no answer is found; the stripped
+    text if no extractor exists."""
     extract = EXTRACTORS.get(data_source, str.strip)
     return extract(text)
 

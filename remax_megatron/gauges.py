@@ -58,6 +58,7 @@ def num_open_files(pid: int | str) -> int:
 
 
 def num_threads(pid: int | str) -> int:
+    """Count the threads of this process."""
     return len(os.listdir(f"/proc/{pid}/task"))
 
 

@@ -1,6 +1,6 @@
 """What a run reads: the model's folder and the prompts, found (or made, or downloaded) and checked.
 
-Inputs are prepared before any process group or engine exists, so that what a user can mend is one `error:` line.
+Inputs are prepared before any process group or engine exists, so that what a user can fix is one `error:` line.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
 from remax_megatron.data.dataset import PromptDataset, load_prompts
-from remax_megatron.model.megatron_folder import open_weights
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rewards.sandbox import available_protections
 from remax_megatron.rewards.scoring import check_data_sources, load_scorer
+from remax_megatron.weights.megatron_folder import open_weights
 
 
 @dataclass
@@ -135,7 +135,14 @@ def local_data_files(files) -> list[str]:
     return [embedded.get(file, file) for file in files]
 
 
-def check_agreement(config: Config, inputs: Inputs) -> str:
+def total_steps(config: Config, num_prompts: int) -> int:
+    """Steps of a whole run over `num_prompts` training prompts."""
+    steps = num_prompts // config.data.train_batch_size * config.trainer.total_epochs
+    limit = config.trainer.total_training_steps
+    return steps if limit is None else min(steps, limit)
+
+
+def check_ranks_agree(config: Config, inputs: Inputs) -> str:
     """The digest of the training prompts. ConfigError, on every rank, when ranks would train on other settings or
     prompts than rank 0. Collective."""
     train, val = (

@@ -10,22 +10,25 @@ no word for NaN and infinity: they are written as null. wandb and tensorboard ge
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from remax_megatron.atomic import replacing
 from remax_megatron.config.schema import LOGGERS
 
+log = logging.getLogger(__name__)
+
 
 class MetricsWriter:
     """Writes every step's metrics to `run_dir/metrics.jsonl` and to each of `loggers` (console, wandb, tensorboard).
 
-    `config_yaml` is the resolved config, shown by wandb and tensorboard. A file that is there is continued, less a last
-    line that a killed run left half-written; `first_step` above 0 tells tensorboard and wandb that it is continued.
-    `echo` prints a console line; a progress bar passes its own.
+    `project` and `experiment` are the run's names for wandb; `config_yaml` is the resolved config, shown by wandb and
+    tensorboard. A file that exists is continued, less a last line that a killed run left half-written; `first_step`
+    above 0 tells tensorboard and wandb that it is continued. The console's lines are logged.
     Raises ValueError for an unknown logger and for one whose package is not installed, before any file is made.
     """
 
@@ -37,7 +40,6 @@ class MetricsWriter:
         experiment: str,
         config_yaml: str,
         first_step: int = 0,
-        echo: Callable[[str], None] = lambda line: print(line, flush=True),
     ) -> None:
         loggers = [loggers] if isinstance(loggers, str) else list(loggers)
         for name in loggers:
@@ -48,7 +50,7 @@ class MetricsWriter:
             _start_wandb(run_dir, project, experiment, config_yaml, first_step) if "wandb" in loggers else None
         )
         self._tensorboard = _start_tensorboard(run_dir, config_yaml, first_step) if "tensorboard" in loggers else None
-        self._echo = echo if "console" in loggers else None
+        self._to_console = "console" in loggers
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / "metrics.jsonl"
         self._file = self.path.open("a+b")
@@ -66,18 +68,13 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
-        if self._echo is not None:
+        if self._to_console:
             for line in console_lines(step, metrics):
-                self._echo(line)
+                log.info(line)
 
     def sync(self) -> None:
         """Bring metrics.jsonl to the disk."""
         os.fsync(self._file.fileno())
-
-    def say(self, line: str) -> None:
-        """A line for people that is no metric: to the console, when that is asked for."""
-        if self._echo is not None:
-            self._echo(line)
 
     def close(self) -> None:
         """Closes every writer; a second call does nothing."""
@@ -116,7 +113,7 @@ def console_lines(step: int, metrics: Mapping[str, float]) -> list[str]:
 
 
 def truncate_metrics(path: str | os.PathLike[str], last_step: int) -> None:
-    """Drop the records after `last_step`, and what is no record, from a metrics.jsonl, where there is one."""
+    """Remove malformed lines, and records after `last_step`, from a metrics.jsonl, if the file exists."""
     path = Path(path)
     if not path.exists():
         return
@@ -152,7 +149,7 @@ def _jsonable(key: str, value: float) -> float | None:
 
 
 def _start_wandb(run_dir: Path, project: str, experiment: str, config_yaml: str, first_step: int) -> Any:
-    """A run that is gone on with keeps its id, which lies in `run_dir`/wandb-id."""
+    """A run that is resumed keeps its id, which lies in `run_dir`/wandb-id."""
     try:
         import wandb
     except ModuleNotFoundError as error:

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 class Event(Protocol):
     """A mark in the work that is queued on a device, as torch.cuda.Event."""
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Wait until the device has reached this mark."""
 
     def elapsed_time(self, later: Any) -> float:
         """Milliseconds from this mark to `later`."""
@@ -65,6 +66,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str, queued: bool = False) -> Iterator[None]:
+        """Time what runs in the block; `queued`: it only queues work on the device, whose seconds count."""
         self._look()
         self._open.append(_Open(name))
         self.failed_in = ""

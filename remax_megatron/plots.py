@@ -88,6 +88,7 @@ def _dress(axes: Axes, title: str, ylabel: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Draw the curves of a metrics.jsonl."""
     parser = argparse.ArgumentParser(prog="python -m remax_megatron.plots", description="Draws a run's curves.")
     parser.add_argument("metrics_jsonl")
     parser.add_argument("out_png")

@@ -1,4 +1,4 @@
-"""The folder of a run, `trainer.default_local_dir`: begun anew, or gone on with from a checkpoint.
+"""The folder of a run, `trainer.default_local_dir`: started anew, or resumed from a checkpoint.
 
 metrics.jsonl config.yaml curves.png hf/    records, settings and result
 checkpoints/                                see checkpoint/folders.py
@@ -9,14 +9,13 @@ lock                                        held by the run that works in the fo
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
+from filelock import BaseFileLock, FileLock, Timeout
 
 from remax_megatron.atomic import replacing
 from remax_megatron.checkpoint.folders import iteration_folder, saved_steps, write_tracker
@@ -27,11 +26,12 @@ from remax_megatron.parallel.first_rank import from_first_rank
 
 RECORDS = ("metrics.jsonl", "config.yaml", "curves.png", "hf", "guards", "tensorboard", "wandb-id")
 LOCKED_AFTER_S = 30.0  # what a run that was killed may take to be gone
-_lock: IO[str] | None = None  # held as long as the process lives
+_lock: BaseFileLock | None = None  # held as long as the process lives
 LISTED_WITHIN_S = 30.0
 
 
 def checkpoints_folder(config: Config) -> Path:
+    """Return the folder of the run's checkpoints."""
     return Path(config.trainer.default_local_dir) / "checkpoints"
 
 
@@ -48,23 +48,19 @@ def _lock_folder(folder: Path) -> None:
     global _lock
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _lock = open(folder / "lock", "w")  # noqa: SIM115
+        (folder / "lock").touch()
     except OSError as error:
         raise _not_writable(folder, error) from error
-    deadline = time.monotonic() + LOCKED_AFTER_S
-    while True:
-        try:
-            fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"trainer.default_local_dir={folder} is in use by another run; wait for its end, or set it to "
-                    "another folder"
-                ) from None
-            time.sleep(0.5)
-        except OSError:  # no locks on this file system
-            return
+    _lock = FileLock(folder / "lock")
+    try:
+        _lock.acquire(timeout=LOCKED_AFTER_S, poll_interval=0.5)
+    except Timeout:
+        raise ConfigError(
+            f"trainer.default_local_dir={folder} is in use by another run; wait for its end, or set it to another "
+            "folder"
+        ) from None
+    except (OSError, NotImplementedError):  # no locks on this file system
+        _lock = None
 
 
 def _not_writable(folder: Path, error: OSError) -> ConfigError:
@@ -72,11 +68,11 @@ def _not_writable(folder: Path, error: OSError) -> ConfigError:
 
 
 def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
-    """Make the folder ready and save the settings; `resumed` is the checkpoint that is gone on from, and its step.
+    """Make the folder ready and save the settings; `resumed` is the checkpoint that the run resumes from, and its step.
 
-    A checkpoint of this folder: records of later steps are dropped, they will be made again; later checkpoints, damaged
-    or of a branch that is left (then with a copy of the records), and the result of a shorter run move to previous-N/.
-    Otherwise all that an earlier run left moves there.
+    If the checkpoint is of this folder, records of later steps are removed, because they will be made again;
+    checkpoints newer than the resumed step move to previous-N/, with a copy of metrics.jsonl, and so does the result of
+    a shorter run. Otherwise all that an earlier run left moves there.
     ConfigError when the folder cannot be written.
     """
     folder, checkpoints = Path(config.trainer.default_local_dir), checkpoints_folder(config)

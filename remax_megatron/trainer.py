@@ -6,6 +6,7 @@ Every rank runs it with the same arguments. Building the parts, starting and end
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,25 +15,28 @@ from pathlib import Path
 from tqdm import tqdm
 
 from remax_megatron.atomic import replacing
-from remax_megatron.checkpoint.folders import RunState
 from remax_megatron.checkpoint.saver import Saver
+from remax_megatron.checkpoint.state import capture
 from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset, batches
 from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
 from remax_megatron.evaluation import validate
 from remax_megatron.flops import UpdateFlops
 from remax_megatron.gauges import process_gauges
-from remax_megatron.learner import Learner
+from remax_megatron.inputs import total_steps
 from remax_megatron.metrics import MetricsWriter
 from remax_megatron.phases import PhaseTimer
-from remax_megatron.rollout.bridge import Bridge, SyncReport
+from remax_megatron.rollout.bridge import Bridge
 from remax_megatron.rollout.collect import Collector
 from remax_megatron.types import Prompt, Rollout
+from remax_megatron.update import Learner
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
 class Trainer:
-    """The parts of a run. `writer` exists on rank 0 only; `done` counts the steps of the run that is gone on with."""
+    """The parts of a run. `writer` exists on rank 0 only; `start_step` counts the steps finished before this resume."""
 
     config: Config
     learner: Learner
@@ -45,12 +49,12 @@ class Trainer:
     writer: MetricsWriter | None
     saver: Saver
     prompts_digest: str
-    done: int = 0
+    start_step: int = 0
 
     def train(self) -> bool:
         """Run the steps that are left; collective over the world. False when the stop file ended it before the last."""
         sync = self.bridge.sync()
-        if self.done == 0:
+        if self.start_step == 0:
             before = self._validate(0, due=self.config.trainer.val_before_train)
             self._log(0, {"epoch": 0, **sync_metrics(sync), **before})
         for step, epoch, prompts in self._steps():
@@ -68,7 +72,7 @@ class Trainer:
             gauges = process_gauges(self.learner.policy.layout.device, self.timer.pop_peaks())
             self._dump(step, rollouts)
             self._log(step, metrics | validation | gauges)
-            if not self._checkpoint(step, sync, validation.get("val/accuracy")):
+            if not self._checkpoint(step, validation.get("val/accuracy")):
                 return False
         with self.timer.phase("save"):
             self.saver.finish()
@@ -78,6 +82,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
+        """Count the whole batches of an epoch."""
         return len(self.train_prompts) // self.config.data.train_batch_size
 
     @property
@@ -87,12 +92,13 @@ class Trainer:
 
     @property
     def num_steps(self) -> int:
+        """Count the steps of the whole run."""
         return total_steps(self.config, len(self.train_prompts))
 
     def _steps(self) -> Iterator[tuple[int, int, list[Prompt]]]:
         """(step, epoch, prompts) of what is left to do, both counted from 1, under one progress bar per epoch."""
         data, trainer = self.config.data, self.config.trainer
-        step = self.done
+        step = self.start_step
         for epoch in range(step // self.steps_per_epoch + 1, self.num_epochs + 1):
             order = batches(len(self.train_prompts), data.train_batch_size, trainer.seed, epoch, data.shuffle)
             first = (epoch - 1) * self.steps_per_epoch
@@ -107,7 +113,7 @@ class Trainer:
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
-    def _checkpoint(self, step: int, sync: SyncReport, accuracy: float | None) -> bool:
+    def _checkpoint(self, step: int, accuracy: float | None) -> bool:
         """Save when it is time to, or asked for; False when the run shall end. Its time counts to the next step."""
         trainer = self.config.trainer
         with self.timer.phase("save"):
@@ -116,26 +122,17 @@ class Trainer:
             if due or stop:
                 if self.writer is not None:
                     self.writer.sync()  # the records are no older than the checkpoint
-                self.saver.save(self._state(step, sync, accuracy), in_background=False if stop else None)
+                engine, digest = self.bridge.engine, self.prompts_digest
+                state = capture(step, self.config, self.learner, engine, digest, accuracy)
+                self.saver.save(state, in_background=False if stop else None)
             else:
                 self.saver.poll()
         if not stop or step == self.num_steps:
             return True
         if self.writer is not None:
             Path(trainer.stop_file).unlink(missing_ok=True)
-            self.writer.say(f"Stopped after step {step}, as {trainer.stop_file} asks; trainer.resume_mode=auto goes on")
+            log.info("Stopped after step %d, as %s asks; trainer.resume_mode=auto resumes", step, trainer.stop_file)
         return False
-
-    def _state(self, step: int, sync: SyncReport, accuracy: float | None) -> RunState:
-        return RunState(
-            step=step,
-            num_updates=self.learner.policy.num_updates,
-            weight_version=sync.weight_version,
-            learner=self.learner.state_dict(),
-            train_prompts=self.prompts_digest,
-            config=asdict(self.config),
-            accuracy=accuracy,
-        )
 
     # -- records ---------------------------------------------------------------------------------------------------
 
@@ -159,13 +156,6 @@ class Trainer:
             return
         with replacing(Path(folder) / f"{step}.jsonl") as path:
             path.write_text("".join(json.dumps(asdict(rollout), default=str) + "\n" for rollout in rollouts))
-
-
-def total_steps(config: Config, num_prompts: int) -> int:
-    """Steps of a whole run over `num_prompts` training prompts."""
-    steps = num_prompts // config.data.train_batch_size * config.trainer.total_epochs
-    limit = config.trainer.total_training_steps
-    return steps if limit is None else min(steps, limit)
 
 
 def _every(frequency: int, step: int) -> bool:

@@ -36,10 +36,11 @@ def build(folder: str, device, *, tp=1, pp=1, bucket_bytes=2**20, **engine_optio
 
 
 def build_policy(folder: str, device, *, tp=1, pp=1):
-    from remax_megatron.config.model_facts import ModelFacts
-    from remax_megatron.config.schema import Actor, Recompute
+    from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
 
     layout = init_model_parallel(device, tp=tp, pp=pp, vpp=None, seed=1)
     actor = Actor()
@@ -47,13 +48,13 @@ def build_policy(folder: str, device, *, tp=1, pp=1):
     actor.ppo_max_token_len_per_gpu = 512
     actor.optim.lr = 1e-2
     facts = ModelFacts.from_folder(folder)
-    return Policy(facts, layout, actor, model_folder=folder, temperature=TEMPERATURE, recompute=Recompute())
+    return Policy(facts, layout, PolicySettings(actor, TEMPERATURE), folder)
 
 
 def build_engine(folder: str, device, *, vllm_tp=1, dtype="float32", max_response_length=24, **rollout_settings):
     """(the engine, PROMPTS prompts of 40 tokens). Collective."""
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import RolloutConfig, ValKwargs
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.rollout.engine import Engine
     from remax_megatron.types import Prompt
 

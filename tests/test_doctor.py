@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.doctor import __main__ as command
 from remax_megatron.doctor import findings, machine, stack
 from remax_megatron.doctor.findings import OK, PROBLEM, WARNING, Finding
+from remax_megatron.model_facts import ModelFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9
@@ -104,8 +104,8 @@ def test_the_one_change_that_makes_it_fit(cards, preset, model, overrides, phase
         and f"\n{phase}: " in found.fact
         and "more than is safe, 72.0 GB" in found.fact
     )
-    assert found.mend.startswith(f"set {change}"), found.mend
-    setting, _, size = found.mend.removeprefix("set ").partition(", which makes the largest phase ")
+    assert found.fix.startswith(f"set {change}"), found.fix
+    setting, _, size = found.fix.removeprefix("set ").partition(", which makes the largest phase ")
     (mended,) = machine.memory(a_run(preset, *overrides, setting, model=model))
     totals = [float(cell) for cell in mended.fact.splitlines()[-1].removeprefix("in all").split()]
     assert mended.level == OK and max(totals) == float(size.split()[0])
@@ -256,9 +256,9 @@ def test_transformer_engine_that_cannot_be_loaded_is_named(packages, monkeypatch
     assert found(empty) == [] and found("pass", *stack.TRANSFORMER_ENGINE) == []
     (meta_alone,) = found(empty, "transformer-engine")
     assert meta_alone.level == PROBLEM and meta_alone.fact.endswith("RuntimeError: empty meta package")
-    assert meta_alone.mend.startswith("install transformer-engine-cu13 and transformer-engine-torch as requirements/")
+    assert meta_alone.fix.startswith("install transformer-engine-cu13 and transformer-engine-torch as requirements/")
     (whole,) = found(no_cudnn, *stack.TRANSFORMER_ENGINE)
-    assert "RuntimeError: cudnn shared object not found." in whole.fact and "nvidia-cudnn-cu13" in whole.mend
+    assert "RuntimeError: cudnn shared object not found." in whole.fact and "nvidia-cudnn-cu13" in whole.fix
     monkeypatch.setattr(stack, "TE_WAIT_S", 0.5)
     (hangs,) = found("import time; time.sleep(60)", *stack.TRANSFORMER_ENGINE)
     assert hangs.fact.endswith("no end after 0.5 s")
@@ -275,7 +275,7 @@ def test_model_without_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))
     found_facts, (absent, valid) = settings("nobody/has-this-model-0")
-    assert found_facts is None and absent.level == WARNING and "hf download" in absent.mend
+    assert found_facts is None and absent.level == WARNING and "hf download" in absent.fix
     assert valid.level == OK and "were not judged" in valid.fact
     found_facts, (refused,) = settings(str(tmp_path))
     assert found_facts is None and refused.level == PROBLEM and "has no config.json" in refused.fact
@@ -297,20 +297,20 @@ def test_findings_of_ranks_are_merged():
         (WARNING, "[rank 0, rank 1, rank 2 and 1 more] torch 2.0"),
         (WARNING, "[rank 4] torch 2.1"),
     ]
-    many = {f"rank {i}": [Finding("disk", PROBLEM, f"{i} GB", "mend")] for i in range(9)}
+    many = {f"rank {i}": [Finding("disk", PROBLEM, f"{i} GB", "fix")] for i in range(9)}
     first, _, _, rest = findings.merge(many)
     assert (first.fact, rest.fact, rest.level) == ("[rank 0] 0 GB", "and 6 more like this", PROBLEM)
 
 
 def test_problems_stand_last_with_their_mends(capsys):
     full = Finding("disk", PROBLEM, "full", "make room")
-    assert findings.show({"": [full, Finding("devices", OK, "2 cores", "nothing to mend")]}, "head") == 1
+    assert findings.show({"": [full, Finding("devices", OK, "2 cores", "nothing to fix")]}, "head") == 1
     assert capsys.readouterr().out.splitlines() == [
         "head",
         "ok      devices        2 cores",
         "PROBLEM disk           full",
         "                       -> make room",
-        "problems: 1, warnings: 0; the run would fail: mend the problems first",
+        "problems: 1, warnings: 0; the run would fail: fix the problems first",
     ]
     assert findings.show({"": [Finding("disk", WARNING, "nearly full", "make room")]}, "head") == 0
     assert findings.show({"": [full, Finding("settings", PROBLEM, "refused")]}, "head") == 2

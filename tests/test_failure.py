@@ -61,16 +61,16 @@ def disagreeing_worker(_payload) -> str:
     from remax_megatron.config.load import load_config
     from remax_megatron.config.schema import ConfigError
     from remax_megatron.data.dataset import PromptDataset
-    from remax_megatron.inputs import Inputs, check_agreement
+    from remax_megatron.inputs import Inputs, check_ranks_agree
     from remax_megatron.parallel.layout import init_distributed
     from remax_megatron.types import Prompt
 
     init_distributed("cpu", 60)
     prompts = PromptDataset([Prompt(0, (5, 6), "word_problems", "1")], num_rows=1)
     inputs = Inputs("", None, [1], prompts, None)
-    check_agreement(load_config("demo", ["trainer.seed=7"]).config, inputs)  # the same on both: passes
+    check_ranks_agree(load_config("demo", ["trainer.seed=7"]).config, inputs)  # the same on both: passes
     try:
-        check_agreement(load_config("demo", [f"trainer.seed={dist.get_rank()}"]).config, inputs)
+        check_ranks_agree(load_config("demo", [f"trainer.seed={dist.get_rank()}"]).config, inputs)
     except ConfigError as error:
         return str(error)
     return "no error"

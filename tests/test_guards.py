@@ -16,12 +16,14 @@ from remax_megatron.guards import (
     NUM_WORST_ROWS,
     MismatchError,
     NonFiniteError,
-    forbidden,
+    Skip,
     mismatch_limit,
     mismatch_records,
     nonfinite_records,
+    skip_reason,
 )
 from remax_megatron.types import Completion, Prompt, Rollout, Row
+from tests.logged import logged_lines
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
@@ -75,10 +77,11 @@ FINITE = {  # loss, gradient norm: a NaN ratio is clipped, and has no gradient
 
 
 def build(folder: str, device, layout: tuple, actor=None):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
 
     tp, pp, vpp, distributed_optimizer, dtype = layout
     actor = actor or Actor()
@@ -86,7 +89,7 @@ def build(folder: str, device, layout: tuple, actor=None):
     actor.megatron.layers = LAYERS
     actor.ppo_max_token_len_per_gpu, actor.optim.lr = 64, 1e-3
     ranks = init_model_parallel(device, tp=tp, pp=pp, vpp=vpp, seed=1)
-    return Policy(ModelFacts.from_folder(folder), ranks, actor, model_folder=folder, temperature=1.0)
+    return Policy(ModelFacts.from_folder(folder), ranks, PolicySettings(actor), folder)
 
 
 def state_of(policy) -> list[torch.Tensor]:
@@ -153,7 +156,7 @@ def test_a_bad_update_leaves_no_trace(folder: str) -> None:
         assert as_without, name
         assert all(map(math.isfinite, good)), name
         for how, skipped, rows, loss, norm, untouched in found:
-            assert skipped == "nonfinite" and untouched, (name, how)
+            assert skipped == Skip.NONFINITE and untouched, (name, how)
             assert rows == BAD.get(how, []), (name, how)
             assert (math.isfinite(float(loss)), math.isfinite(float(norm))) == FINITE[how], (name, how)
     assert results[0] == results[1]  # every number, on both ranks
@@ -162,15 +165,15 @@ def test_a_bad_update_leaves_no_trace(folder: str) -> None:
 # -- the learner: files, the count, the end of the run -----------------------------------------------------------------
 
 
-def learner_on(folder: str, device, layout: tuple, out: Path, said: list[str], *overrides: str):
+def learner_on(folder: str, device, layout: tuple, out: Path, *overrides: str):
     from remax_megatron.config.load import load_config
-    from remax_megatron.learner import Learner
+    from remax_megatron.update import Learner
 
     actor = "actor_rollout_ref.actor"
     given = [f"trainer.default_local_dir={out}", "trainer.max_nonfinite_updates=2", f"{actor}.ppo_epochs=1"]
     config = load_config("demo", [*given, "actor_rollout_ref.rollout.mismatch_threshold=0.01", *overrides]).config
     policy = build(folder, device, layout, config.actor_rollout_ref.actor)
-    return Learner(config, policy, None, said.append)
+    return Learner(config, policy, None)
 
 
 def make_rollouts(policy, seed: int, off_by: float = 0.0) -> list[Rollout]:
@@ -197,6 +200,11 @@ def without_reward(rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def learner_worker(payload):
+    with logged_lines() as said:
+        return _learner_worker(payload, said)
+
+
+def _learner_worker(payload, said: list[str]):
     from megatron.core import parallel_state as mpu
 
     from remax_megatron.parallel.layout import init_distributed
@@ -204,8 +212,9 @@ def learner_worker(payload):
     device = init_distributed("cpu", 120)
     results = {}
     for name in payload["layouts"]:
-        out, said = Path(payload["out"]) / name, []
-        learner = learner_on(payload["folder"], device, LAYOUTS[name], out, said)
+        out = Path(payload["out"]) / name
+        said.clear()
+        learner = learner_on(payload["folder"], device, LAYOUTS[name], out)
         policy, counts = learner.policy, []
 
         def learn(rollouts, step, learner=learner, counts=counts):
@@ -215,9 +224,9 @@ def learner_worker(payload):
 
         learn(without_reward(make_rollouts(policy, 1)), 1)
         state = json.loads(json.dumps(learner.state_dict()))
-        learner.nonfinite_in_a_row = 0
+        learner.guards.nonfinite_in_a_row = 0
         learner.load_state_dict(state)
-        resumed = learner.nonfinite_in_a_row
+        resumed = learner.guards.nonfinite_in_a_row
         learn(make_rollouts(policy, 2, off_by=0.009), 2)  # just below the limit, and good: the count begins anew
         learn(without_reward(make_rollouts(policy, 3)), 3)
         ends = []
@@ -238,13 +247,13 @@ def learner_worker(payload):
     blocked = Path(payload["out"]) / "blocked"
     blocked.mkdir(exist_ok=True)
     (blocked / "guards").write_text("a file where the folder should be")
-    said = []
-    learner = learner_on(payload["folder"], device, LAYOUTS["DP 2"], blocked, said, "trainer.max_nonfinite_updates=9")
+    said.clear()
+    learner = learner_on(payload["folder"], device, LAYOUTS["DP 2"], blocked, "trainer.max_nonfinite_updates=9")
     learner.learn(without_reward(make_rollouts(learner.policy, 1)), "Step 1")
     results["blocked"] = [line for line in said if "skipped" in line]
 
     # Two updates of one batch: the second is not compared, for its weights did not write the answers.
-    learner._mismatch_limit = 1e-4
+    learner.guards._mismatch_limit = 1e-4
     learner.config.actor_rollout_ref.actor.ppo_epochs = 2
     results["epochs"] = [u.skipped for u in learner.learn(make_rollouts(learner.policy, 2), "Step 2").updates]
     return results
@@ -265,7 +274,7 @@ def read(path: Path) -> list[dict]:
 def test_bad_updates_are_counted_and_end_the_run_on_every_rank(learned, layout: str) -> None:
     out, ranks = learned
     counts, resumed, ends, said = ranks[0][layout]
-    assert counts == [(1, 1, "nonfinite"), (0, 0, ""), (1, 1, "nonfinite")]
+    assert counts == [(1, 1, Skip.NONFINITE), (0, 0, Skip.NONE), (1, 1, Skip.NONFINITE)]
     assert resumed == 1
     file = out / layout / "guards" / "nonfinite-step4-update1.jsonl"
     assert ends[0].startswith(
@@ -320,26 +329,26 @@ def test_a_file_that_cannot_be_written_does_not_end_the_run(learned) -> None:
 
 
 def test_later_updates_of_a_batch_are_not_compared(learned) -> None:
-    assert learned[1][0]["epochs"] == ["", ""]
+    assert learned[1][0]["epochs"] == [Skip.NONE, Skip.NONE]
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "mismatch", "limit", "verdict"),
+    ("loss", "norm", "mismatch", "limit", "reason"),
     [
-        (0.1, 1.0, 0.01, 0.01, ""),  # the limit itself is in order
-        (0.1, 1.0, 0.0101, 0.01, "mismatch"),
-        (0.1, 1.0, NAN, 0.01, "mismatch"),
-        (0.1, 1.0, NAN, None, ""),
-        (NAN, 1.0, 0.0, 0.01, "nonfinite"),
-        (0.1, INF, 0.0, 0.01, "nonfinite"),
-        (-INF, NAN, NAN, 0.01, "nonfinite"),
+        (0.1, 1.0, 0.01, 0.01, Skip.NONE),  # the limit itself is in order
+        (0.1, 1.0, 0.0101, 0.01, Skip.MISMATCH),
+        (0.1, 1.0, NAN, 0.01, Skip.MISMATCH),
+        (0.1, 1.0, NAN, None, Skip.NONE),
+        (NAN, 1.0, 0.0, 0.01, Skip.NONFINITE),
+        (0.1, INF, 0.0, 0.01, Skip.NONFINITE),
+        (-INF, NAN, NAN, 0.01, Skip.NONFINITE),
     ],
 )
-def test_what_is_forbidden(loss: float, norm: float, mismatch: float, limit: float | None, verdict: str) -> None:
-    assert forbidden(loss, norm, mismatch, limit) == verdict
+def test_why_a_step_is_skipped(loss: float, norm: float, mismatch: float, limit: float | None, reason: Skip) -> None:
+    assert skip_reason(loss, norm, mismatch, limit) == reason
 
 
 def test_the_limit_of_the_mismatch() -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from remax_megatron.config.load import load_config
 from remax_megatron.flops import RowGroup
-from remax_megatron.learner import Learner
 from remax_megatron.types import Completion, Prompt, Rollout, Row
+from remax_megatron.update import Learner
+from tests.logged import logged_lines
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -55,9 +56,10 @@ def learn(*overrides: str, batch: list[Rollout] | None = None):
     """(what was learned, policy, reference, log) under the demo's settings with `overrides`."""
     given = ["data.train_batch_size=2", "actor_rollout_ref.rollout.n=2", *overrides]
     config = load_config("demo", given).config
-    policy, reference, log = Recorder(), Recorder(offset=-1.0), []
-    learner = Learner(config, policy, reference, log.append)
-    return learner.learn(rollouts() if batch is None else batch, "Epoch 1, Step 1"), policy, reference, log
+    policy, reference = Recorder(), Recorder(offset=-1.0)
+    with logged_lines() as log:
+        learned = Learner(config, policy, reference).learn(rollouts() if batch is None else batch, "Epoch 1, Step 1")
+    return learned, policy, reference, log
 
 
 def test_rows_without_advantage_are_left_out_but_counted() -> None:
@@ -161,7 +163,7 @@ def test_the_coefficient_adapts_after_the_batch() -> None:
             "algorithm.kl_ctrl.horizon=100",
         ],
     ).config
-    learner = Learner(config, Recorder(), Recorder(offset=-1.0), lambda line: None)
+    learner = Learner(config, Recorder(), Recorder(offset=-1.0))
     learner.learn(rollouts(), "")
     # KL 1 is twice the target: clip(1, -0.2, 0.2) = 0.2, times 4 answers / 100.
     assert learner.learn(rollouts(), "").metrics["kl/coef"] == pytest.approx(0.1 * 1.008)

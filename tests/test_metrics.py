@@ -11,6 +11,7 @@ import pytest
 
 from remax_megatron import plots
 from remax_megatron.metrics import MetricsWriter, console_lines, read_metrics, truncate_metrics
+from tests.logged import logged_lines
 
 STEP = {
     "epoch": 1,
@@ -65,16 +66,15 @@ def test_values_must_be_numbers(tmp_path: Path) -> None:
     assert metrics.path.read_text() == ""
 
 
-def test_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = writer(tmp_path, "console")
-    metrics.log(3, {**STEP, "val/accuracy": 0.4784})
-    metrics.close()
-    assert capsys.readouterr().out.splitlines() == [LINE, "Validation Accuracy: 47.8%"]
-    said: list[str] = []
-    metrics = writer(tmp_path, "console", echo=said.append)
-    metrics.log(0, {"val/accuracy": 1.0})
-    metrics.close()
-    assert said == ["Validation Accuracy: 100.0%"] and console_lines(1, {"time/step_s": 1.0}) == []
+def test_console(tmp_path: Path) -> None:
+    with logged_lines() as lines:
+        metrics = writer(tmp_path, "console")
+        metrics.log(3, {**STEP, "val/accuracy": 0.4784})
+        metrics.close()
+        writer(tmp_path).log(4, STEP)  # the console is not asked for
+    assert lines == [LINE, "Validation Accuracy: 47.8%"]
+    assert console_lines(0, {"val/accuracy": 1.0}) == ["Validation Accuracy: 100.0%"]
+    assert console_lines(1, {"time/step_s": 1.0}) == []
 
 
 def test_unknown_logger(tmp_path: Path) -> None:

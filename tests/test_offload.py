@@ -40,10 +40,11 @@ CASES = (("bfloat16", True), ("float32", True), ("float32", False))  # dtype, us
 def offload_worker(folder: str) -> list[list]:
     """Per case, without and with offload: gradient norms of three updates, and the checkpoint's blocks before each."""
     from remax_megatron.algorithm.aggregation import weigh_rows
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
     from remax_megatron.policy.training_state import TrainingState
 
     layout = init_model_parallel(init_distributed("cpu", 120), tp=1, pp=1, vpp=None, seed=1)
@@ -55,7 +56,7 @@ def offload_worker(folder: str) -> list[list]:
             actor = Actor(ppo_max_token_len_per_gpu=120)
             actor.megatron.dtype, actor.megatron.use_distributed_optimizer = dtype, distributed
             actor.optim.lr = 1e-2
-            policy = Policy(ModelFacts.from_folder(folder), layout, actor, model_folder=folder, temperature=1.0)
+            policy = Policy(ModelFacts.from_folder(folder), layout, PolicySettings(actor), folder)
             seen: list = []
             for _ in range(3):
                 if away:

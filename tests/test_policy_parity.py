@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from remax_megatron.config.schema import Recompute
-from remax_megatron.types import Row
+from remax_megatron.guards import Skip
+from remax_megatron.types import Recompute, Row
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
@@ -33,10 +33,11 @@ def make_rows(seed: int = 0, count: int = 12) -> list[Row]:
 
 
 def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_batch: int | None = None, recompute=None):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
 
     tp, pp, vpp, sequence_parallel = layout
     actor = Actor()
@@ -50,7 +51,7 @@ def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_bat
     actor.optim.lr, actor.optim.eps = 1e-4, 1e-5
     ranks = init_model_parallel(device, tp=tp, pp=pp, vpp=vpp, seed=1)
     facts = ModelFacts.from_folder(folder)
-    return Policy(facts, ranks, actor, model_folder=folder, temperature=1.0, recompute=recompute or Recompute())
+    return Policy(facts, ranks, PolicySettings(actor, recompute=recompute or Recompute()), folder)
 
 
 def take_update(policy, rows: list[Row]):
@@ -88,7 +89,7 @@ def logits_of(policy, rows: list[Row]) -> list[torch.Tensor] | None:
     policy._score = capture
     policy.logprobs(rows)
     policy._score = score
-    mine = found if policy.layout.speaks_for_replica else {}
+    mine = found if policy.layout.reports_for_replica else {}
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     together = {row: logits for part in parts for row, logits in part.items()}
@@ -199,7 +200,7 @@ def not_finite_worker(folder: str):
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(models):
     found = run_ranks("tests.test_policy_parity:not_finite_worker", 1, models[0][0])[0]
-    assert found == ("nonfinite", [3], True)
+    assert found == (Skip.NONFINITE, [3], True)
 
 
 # -- one step against a hand-written reference ------------------------------------------------------------------------

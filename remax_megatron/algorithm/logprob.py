@@ -54,11 +54,15 @@ def head_logprob(
 ) -> tuple[Tensor, Tensor]:
     """(log softmax(hidden @ weight.T / temperature)[target], entropy), each [R] float32, in nats.
 
-    weight_VH holds this rank's rows of the head; rank r of `group` holds rows [r V, (r + 1) V). Rows at or beyond
-    `vocab_size` are padding and get no probability. All ranks of `group` call with equal hidden_RH and target_R.
-    The gradient of hidden_RH is this rank's part only: sum it over `group` (Megatron's copy-to-region does).
-    A tile has `chunk_size` positions at most. `fused` (by default `can_fuse` of the device): the arithmetic of a tile
-    is one Triton kernel.
+    hidden_RH    hidden states of the scored positions, equal on all ranks of `group`; the gradient is this rank's part
+                 only: sum it over `group` (Megatron's copy-to-region does)
+    weight_VH    this rank's rows of the head; rank r of `group` holds rows [r V, (r + 1) V)
+    target_R     token ids, equal on all ranks of `group`
+    vocab_size   rows of the head at or beyond it are padding and get no probability
+    temperature  what the logits are divided by
+    chunk_size   positions of a tile at most
+    group        ranks that share the head, None: this one has all of it
+    fused        the arithmetic of a tile is one Triton kernel; None: where `can_fuse` says so
     """
     fused = can_fuse(weight_VH.device) if fused is None else fused
     return _HeadLogProb.apply(hidden_RH, weight_VH, target_R, vocab_size, temperature, chunk_size, group, fused)
@@ -78,7 +82,8 @@ def head_full_kl(
 ) -> Tensor:
     """KL(pi || ref) over the whole vocabulary at each position, [R] float32, in nats, both at `temperature`.
 
-    The arguments are those of `head_logprob`; the reference's hidden size may differ, the rows of its head may not.
+    The other arguments are those of `head_logprob`; `ref_hidden_RH` may have another hidden size than hidden_RH, but
+    `ref_weight_VH` as many rows as weight_VH.
     Differentiable in hidden_RH (this rank's part) and weight_VH: d KL / d logit_j = p_j (log p_j - log q_j - KL) /
     temperature. The reference gets no gradient.
     """
@@ -96,6 +101,8 @@ def can_fuse(device: torch.device) -> bool:
 
 
 class _HeadLogProb(torch.autograd.Function):
+    """The arguments are those of `head_logprob`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,11 +126,11 @@ class _HeadLogProb(torch.autograd.Function):
             if fused:
                 _kernels().add_tile(logits, target_R[rows], sums_4R[:, rows], first + columns.start, temperature)
             else:
-                _add_tile(logits, target_R[rows], sums_4R[:, rows], first + columns.start, tiles.second(logits))
+                _add_tile(logits, target_R[rows], sums_4R[:, rows], first + columns.start, tiles.scratch(logits))
         peak = peak_R.clone()
         _all_reduce(peak, dist.ReduceOp.MAX, group)
-        fall = _raise_peak(peak_R, peak, z_R, weighted_R)
-        sums = torch.stack([z_R, weighted_R + fall * z_R, picked_R])
+        decay = _raise_peak(peak_R, peak, z_R, weighted_R)
+        sums = torch.stack([z_R, weighted_R + decay * z_R, picked_R])
         _all_reduce(sums, dist.ReduceOp.SUM, group)
         z_R, weighted_R, picked_R = sums
         entropy_R = z_R.log() - weighted_R / z_R
@@ -154,7 +161,7 @@ class _HeadLogProb(torch.autograd.Function):
                 _kernels().tile_gradient(logits, target, factors_4R[:, rows], start, temperature, grad)
             else:
                 log_p = tiles.log_p(columns, rows, log_z_R[rows])
-                grad = torch.exp(log_p, out=tiles.second(log_p))
+                grad = torch.exp(log_p, out=tiles.scratch(log_p))
                 if slope_R is None:
                     grad *= offset_R[rows].unsqueeze(1)
                 else:
@@ -166,6 +173,8 @@ class _HeadLogProb(torch.autograd.Function):
 
 
 class _HeadFullKl(torch.autograd.Function):
+    """The arguments are those of `head_full_kl`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -191,11 +200,11 @@ class _HeadFullKl(torch.autograd.Function):
             if fused:
                 _kernels().add_kl_tile(logits, ref_logits, sums_5R[:, rows], temperature)
             else:
-                _add_kl_tile(logits, ref_logits, sums_5R[:, rows], tiles.second(logits))
+                _add_kl_tile(logits, ref_logits, sums_5R[:, rows], tiles.scratch(logits))
         peak = peak_2R.clone()
         _all_reduce(peak, dist.ReduceOp.MAX, group)
-        fall = _raise_peak(peak_2R, peak, z_2R)
-        sums = torch.stack([*z_2R, weighted_R * fall[0].exp()])
+        decay = _raise_peak(peak_2R, peak, z_2R)
+        sums = torch.stack([*z_2R, weighted_R * decay[0].exp()])
         _all_reduce(sums, dist.ReduceOp.SUM, group)
         z_R, ref_z_R, weighted_R = sums
         # In this order a policy that is the reference has a KL of exactly 0.
@@ -223,7 +232,7 @@ class _HeadFullKl(torch.autograd.Function):
                 _kernels().kl_tile_gradient(logits, ref_logits, factors_3R[:, rows], temperature, grad)
             else:
                 factor = ref_logits.neg_().add_(logits).add_(shift_R[rows].unsqueeze(1))
-                grad = torch.sub(logits, log_z_2R[0, rows].unsqueeze(1), out=tiles.second(logits)).exp_()
+                grad = torch.sub(logits, log_z_2R[0, rows].unsqueeze(1), out=tiles.scratch(logits)).exp_()
                 grad.mul_(factor).mul_(scale_R[rows].unsqueeze(1))
             gradients.add(grad, columns, rows)
         return *gradients.done(), None, None, None, None, None, None, None
@@ -232,8 +241,9 @@ class _HeadFullKl(torch.autograd.Function):
 class _Tiles:
     """The tiles of hidden_RH @ weight_VH.T / temperature, without the rows of the head from `real` on.
 
-    Iterates over (columns, rows), slices of V and R: all rows of the first columns, then of the next. A tile that a
-    method returns lies in memory that the next call of that method takes again.
+    Iterates over (columns, rows), slices of V and R: all rows of the first columns, then of the next. A tile has
+    `chunk_size` rows at most; with `fused` the kernels divide by the temperature. A tile that a method returns lies in
+    memory that the next call of that method takes again.
     """
 
     def __init__(
@@ -283,7 +293,7 @@ class _Tiles:
         log_p.copy_(torch.mm(hidden, self._head("with ones", columns).T, out=rounded))
         return log_p if self.temperature == 1.0 else log_p.div_(self.temperature)
 
-    def second(self, tile: Tensor) -> Tensor:
+    def scratch(self, tile: Tensor) -> Tensor:
         """Memory beside the tile that `logits` or `log_p` gave, of its shape."""
         return self.memory[1, : tile.numel()].view_as(tile)
 
@@ -296,7 +306,7 @@ class _Tiles:
         return self.weight_VH.new_empty(self.memory.shape[1])
 
     def rounded(self, tile: Tensor) -> Tensor:
-        """What was written into `second` or `gradient`, in the dtype of the head; the first tile is lost."""
+        """What was written into `scratch` or `gradient`, in the dtype of the head; the first tile is lost."""
         if tile.dtype == self.weight_VH.dtype:
             return tile
         if self.bfloat16_on_cpu:

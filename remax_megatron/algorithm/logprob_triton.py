@@ -70,7 +70,11 @@ def add_tile(logits_RV: Tensor, target_R: Tensor, sums_4R: Tensor, first: int, t
 def tile_gradient(
     logits_RV: Tensor, target_R: Tensor, factors_4R: Tensor, first: int, temperature: float, gradient_RV: Tensor
 ) -> None:
-    """Write p (slope log p + offset) + hit [column is the target]; the factors are (log z, slope, offset, hit)."""
+    """Write p (slope log p + offset) + hit [column is the target] into gradient_RV.
+
+    The columns of logits_RV, which `temperature` divides, are those of the vocabulary from `first` on, and target_R
+    counts in all of it; factors_4R holds (log z, slope, offset, hit).
+    """
     num, width = logits_RV.shape
     block = _block(width)
     _tile_gradient_kernel[(num, triton.cdiv(width, block))](
@@ -141,7 +145,11 @@ def _block(width: int) -> int:
 
 @triton.jit(do_not_specialize=["first"])
 def _add_tile_kernel(logits, target, sums, width, stride, first, inverse, BLOCK: tl.constexpr):
-    """A program takes a position, block after block; the sums follow a peak that grows (arXiv 1805.02867)."""
+    """A program takes a position, block after block; the sums follow a peak that grows (arXiv 1805.02867).
+
+    `logits` has rows of `width` columns, the vocabulary's from `first` on; `target` is a token id of each; `sums` has
+    rows that are `stride` apart; `inverse` is 1 / temperature; BLOCK columns are computed at once.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     sums += row
@@ -151,10 +159,10 @@ def _add_tile_kernel(logits, target, sums, width, stride, first, inverse, BLOCK:
         real = column < width
         logit = tl.load(logits + column, mask=real, other=_FAR) * inverse
         higher = tl.maximum(peak, tl.max(logit, axis=0))
-        fall = peak - higher
+        decay = peak - higher
         peak = higher
-        z *= tl.exp(fall)
-        weighted = weighted * tl.exp(fall) + fall * z
+        z *= tl.exp(decay)
+        weighted = weighted * tl.exp(decay) + decay * z
         exp = tl.exp(logit - peak)
         z += tl.sum(exp, axis=0)
         weighted += tl.sum(exp * (logit - peak), axis=0)
@@ -178,7 +186,11 @@ def _tile_gradient_kernel(
     inverse,
     BLOCK: tl.constexpr,
 ):
-    """A program takes a block of a position."""
+    """A program takes BLOCK columns of a position and writes their `gradient`.
+
+    `logits` and the other arguments are those of `_add_tile_kernel`, with `factors` for `sums`: `target`, `width`,
+    `stride`, `first`, `inverse`.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width
@@ -193,7 +205,11 @@ def _tile_gradient_kernel(
 
 @triton.jit
 def _add_kl_tile_kernel(logits, ref_logits, sums, width, stride, inverse, BLOCK: tl.constexpr):
-    """A program takes a position, block after block."""
+    """A program takes a position, block after block.
+
+    `logits` and `ref_logits` have rows of `width` columns, `sums` rows that are `stride` apart; `inverse` is 1 /
+    temperature; BLOCK columns are computed at once.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * width
     ref_logits += row * width
@@ -232,7 +248,11 @@ def _kl_tile_gradient_kernel(
     inverse,
     BLOCK: tl.constexpr,
 ):
-    """A program takes a block of a position."""
+    """A program takes BLOCK columns of a position and writes their `gradient`.
+
+    `logits`, `ref_logits` and the other arguments are those of `_add_kl_tile_kernel`, with `factors` for `sums`:
+    `width`, `stride`, `inverse`.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width

@@ -1,15 +1,15 @@
 """Rows of a micro-batch as one packed (THD) sequence.
 
 Rows stand one after the other without padding between them. Rows that share their prompt may stand behind one copy of
-it: then every answer's positions go on where the prompt ends. Padding tokens, where a layout needs the length to be a
-multiple (sequence parallelism), to be the same in all micro-batches (pipelines), or likes few distinct lengths
+it: then every answer's positions continue where the prompt ends. Padding tokens, where a layout needs the length to be
+a multiple (sequence parallelism), to be the same in all micro-batches (pipelines), or likes few distinct lengths
 (bfloat16 kernels on CPU), form rows of their own at the end, which nothing scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain, groupby
 
 import torch
@@ -78,47 +78,28 @@ def pack(
     share_prompts: bool = False,
     device: torch.device | str = "cpu",
 ) -> PackedBatch:
-    """Pack `rows[i] for i in indices`; pad to a multiple of `pad_to`, but to no more than the token budget `pad_limit`.
+    """Pack `rows[i] for i in indices`, in their order. An empty micro-batch becomes padding only.
 
-    An empty micro-batch becomes padding only. Rows keep the order of `indices`.
+    rows, indices  the rows of the update, and those of this micro-batch
+    pad_to         the length is padded to a multiple of it,
+    pad_limit      but to no more than this token budget, None: without a limit
+    share_prompts  rows with the same prompt stand behind one copy of it
+    number         of the micro-batch, among those of its rank
+    device         where the tensors go
     """
-    groups = prompt_groups(rows, indices) if share_prompts else [[i] for i in indices]
-    tokens: list[int] = []
-    positions: list[int] = []
-    position_R: list[int] = []
-    segments: list[tuple[int, list[int]]] = []
-    for group in groups:
-        prompt_ids = rows[group[0]].prompt_ids
-        tokens.extend(prompt_ids)
-        positions.extend(range(len(prompt_ids)))
-        last_of_prompt = len(tokens) - 1
-        for i in group:
-            response_ids = rows[i].response_ids
-            position_R.extend(
-                [last_of_prompt, *range(len(tokens), len(tokens) + len(response_ids))][: len(response_ids)]
-            )
-            tokens.extend(response_ids)
-            positions.extend(range(len(prompt_ids), len(prompt_ids) + len(response_ids)))
-        answers = [len(rows[i].response_ids) for i in group]
-        # A single answer is one causal row together with its prompt.
-        segments.append((len(prompt_ids), answers) if len(group) > 1 else (len(prompt_ids) + answers[0], []))
-    num_tokens = len(tokens)
+    packed = _Sequence()
+    for group in prompt_groups(rows, indices) if share_prompts else [[i] for i in indices]:
+        packed.add_group([rows[i] for i in group])
+    num_tokens = len(packed.tokens)
     padded = max(pad_to, -(-num_tokens // pad_to) * pad_to)
-    if pad_limit is not None:
-        padded = min(padded, max(pad_limit, pad_to))
-    longest = max((prompt + sum(answers) for prompt, answers in segments), default=LONGEST_PADDING_ROW)
-    while (padding := padded - len(tokens)) > 0:
-        length = min(padding, longest)
-        segments.append((length, []))
-        tokens.extend([0] * length)
-        positions.extend(range(length))
+    packed.pad(padded if pad_limit is None else min(padded, max(pad_limit, pad_to)))
     chosen = [rows[i] for i in indices]
-    lengths = [prompt + sum(answers) for prompt, answers in segments]
+    lengths = packed.lengths()
     whole, real = _Columns(torch.int64), _Columns(torch.float32)
-    whole.add("tokens", tokens)
-    whole.add("positions", positions)
+    whole.add("tokens", packed.tokens)
+    whole.add("positions", packed.positions)
     whole.add("cu_seqlens", [0, *accumulate(lengths)])
-    whole.add("position", position_R)
+    whole.add("position", packed.position_R)
     whole.add("target", chain.from_iterable(row.response_ids for row in chosen))
     real.add("advantage", chain.from_iterable(row.advantages for row in chosen))
     real.add("rollout_logprob", chain.from_iterable(row.rollout_logprobs for row in chosen))
@@ -134,7 +115,7 @@ def pack(
         tokens_T=of_tokens["tokens"],
         positions_T=of_tokens["positions"],
         cu_seqlens=of_tokens["cu_seqlens"].int(),
-        max_seqlen=max(positions) + 1 if share_prompts else max(lengths),
+        max_seqlen=max(packed.positions) + 1 if share_prompts else max(lengths),
         position_R=of_tokens["position"],
         target_R=of_tokens["target"],
         advantage_R=of_answers["advantage"],
@@ -143,9 +124,47 @@ def pack(
         ref_logprob_R=of_answers.get("ref"),
         weight_R=of_answers["weight"],
         response_lengths=[len(row.response_ids) for row in chosen],
-        segments=segments,
+        segments=packed.segments,
         number=number,
     )
+
+
+@dataclass
+class _Sequence:
+    """A packed sequence while it grows; `position_R` are the positions that are scored."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    position_R: list[int] = field(default_factory=list)
+    segments: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    def add_group(self, rows: Sequence[Row]) -> None:
+        """Append the answers of `rows` behind one copy of their prompt."""
+        prompt_ids = rows[0].prompt_ids
+        self.tokens.extend(prompt_ids)
+        self.positions.extend(range(len(prompt_ids)))
+        last_of_prompt = len(self.tokens) - 1
+        for row in rows:
+            start, length = len(self.tokens), len(row.response_ids)
+            self.position_R.extend([last_of_prompt, *range(start, start + length)][:length])
+            self.tokens.extend(row.response_ids)
+            self.positions.extend(range(len(prompt_ids), len(prompt_ids) + length))
+        answers = [len(row.response_ids) for row in rows]
+        # A single answer is one causal row together with its prompt.
+        self.segments.append((len(prompt_ids), answers) if len(rows) > 1 else (len(prompt_ids) + answers[0], []))
+
+    def pad(self, length: int) -> None:
+        """Append rows of padding up to `length` tokens."""
+        longest = max(self.lengths(), default=LONGEST_PADDING_ROW)
+        while (padding := length - len(self.tokens)) > 0:
+            row = min(padding, longest)
+            self.segments.append((row, []))
+            self.tokens.extend([0] * row)
+            self.positions.extend(range(row))
+
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return [prompt + sum(answers) for prompt, answers in self.segments]
 
 
 class _Columns:

@@ -1,1 +1,1 @@
-"""Checkpoints of a running training: written whole or not at all, found again, checked, and gone on from exactly."""
+"""Checkpoints of a running training: written whole or not at all, found again, checked, and resumed exactly."""

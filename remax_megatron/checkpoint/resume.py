@@ -1,65 +1,32 @@
-"""Going on with a run: which checkpoint, whether it is sound, and whether the settings still mean the same run."""
+"""Resuming a run: which checkpoint, whether it is sound, and whether the settings still mean the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from remax_megatron.checkpoint.folders import (
-    STATE,
-    CheckpointError,
-    RunState,
     check_files,
     iteration_folder,
-    read_state,
     saved_steps,
 )
-from remax_megatron.config.load import known_keys
-from remax_megatron.config.rules import value_of
-from remax_megatron.config.schema import Config
+from remax_megatron.checkpoint.state import STATE, CheckpointError, RunState, read_state
+from remax_megatron.config.schema import SETTINGS, Config
+from remax_megatron.config.setting import MUST_MATCH, value_of
 from remax_megatron.errors import UserError
-from remax_megatron.model.megatron_folder import checkpoint_folder
 from remax_megatron.parallel.first_rank import from_first_rank
+from remax_megatron.weights.megatron_folder import checkpoint_folder
 
-# Settings that may change when a run is gone on with: where and how fast it computes, how long, what it shows. Groups
-# end with a dot. All others say what is computed.
-FREE = (
-    "trainer.",
-    "actor_rollout_ref.model.enable_gradient_checkpointing",
-    "actor_rollout_ref.actor.use_dynamic_bsz",
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
-    "actor_rollout_ref.actor.share_prompts",
-    "actor_rollout_ref.actor.fsdp_config.",
-    "actor_rollout_ref.actor.megatron.",
-    "actor_rollout_ref.ref.",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size",
-    "actor_rollout_ref.rollout.gpu_memory_utilization",
-    "actor_rollout_ref.rollout.max_num_seqs",
-    "actor_rollout_ref.rollout.max_num_batched_tokens",
-    "actor_rollout_ref.rollout.kv_cache_gib",
-    "actor_rollout_ref.rollout.enforce_eager",
-    "actor_rollout_ref.rollout.sync_bucket_mb",
-    "actor_rollout_ref.rollout.canary_threshold",
-    "actor_rollout_ref.rollout.mismatch_threshold",
-    "actor_rollout_ref.rollout.val_kwargs.",
-    "data.train_files",  # the prompts themselves are compared
-    "data.val_files",
-    "data.val_batch_size",
-    "data.val_max_samples",
-    "reward.num_workers",
-    "reward.max_failure_share",
-)
-FIXED = ("trainer.seed", "actor_rollout_ref.actor.megatron.dtype")  # though of a free group
+log = logging.getLogger(__name__)
 
 
-def find_checkpoint(config: Config, root: Path, say: Callable[[str], None]) -> tuple[Path, RunState] | None:
-    """The checkpoint to go on from, None for a new run. Collective over the world; the same on every rank.
+def find_checkpoint(config: Config, root: Path) -> tuple[Path, RunState] | None:
+    """The checkpoint to resume from, None for a new run. Collective over the world; the same on every rank.
 
-    trainer.resume_mode=auto takes the newest sound checkpoint in `root`, saying why newer ones are passed over. path
+    trainer.resume_mode=auto takes the newest sound checkpoint in `root` and logs why newer ones are passed over. path
     takes the one that is named, until the run that was begun from it has checkpoints of its own: the same command goes
     on. CheckpointError when there are checkpoints but none is sound.
     """
@@ -81,12 +48,12 @@ def find_checkpoint(config: Config, root: Path, say: Callable[[str], None]) -> t
             return folder, read_state(folder)
         problems.append(problem)
         if folder != candidates[-1]:
-            say(f"{problem}: passed over, an earlier checkpoint is tried")
+            log.warning("%s: passed over, an earlier checkpoint is tried", problem)
     if not problems:
         return None
-    mend = "name another checkpoint" if trainer.resume_mode == "path" else "no other one is sound"
+    fix = "name another checkpoint" if trainer.resume_mode == "path" else "no other one is sound"
     raise CheckpointError(
-        f"trainer.resume_mode={trainer.resume_mode}: {problems[-1]}; {mend}, or set trainer.resume_mode=disable to "
+        f"trainer.resume_mode={trainer.resume_mode}: {problems[-1]}; {fix}, or set trainer.resume_mode=disable to "
         "begin anew"
     )
 
@@ -94,8 +61,8 @@ def find_checkpoint(config: Config, root: Path, say: Callable[[str], None]) -> t
 def check_same_run(state: RunState, config: Config, train_prompts: str) -> None:
     """CheckpointError when `config` would make another run of the one that `state` is of; names the keys."""
     differing = []
-    for key in known_keys():
-        if key in FIXED or not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE):
+    for key, setting in SETTINGS.items():
+        if setting.on_resume == MUST_MATCH:
             saved, now = _saved_value(state.config, key), value_of(config, key)
             if saved != now:
                 differing.append(f"{key} (was {saved}, is {now})")
@@ -114,7 +81,7 @@ def _saved_value(saved: dict[str, Any], key: str) -> Any:
     value: Any = saved
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
-            return value_of(Config(), key)
+            return SETTINGS[key].default
         value = value[name]
     return value
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import queue
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 
 from remax_megatron.atomic import fsync_path, replacing
 from remax_megatron.checkpoint.folders import (
-    STATE,
-    CheckpointError,
-    RunState,
     file_record,
     iteration_folder,
     partial_folder,
@@ -40,6 +38,7 @@ from remax_megatron.checkpoint.folders import (
     write_manifest,
     write_tracker,
 )
+from remax_megatron.checkpoint.state import STATE, CheckpointError, RunState
 from remax_megatron.parallel.first_rank import from_first_rank
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.policy.training_state import TrainingState
@@ -50,6 +49,8 @@ HAS_STRATEGIES = "async_strategy" in inspect.signature(dist_checkpointing.save).
 OWN_STRATEGY = {"async_strategy": "mcore"} if HAS_STRATEGIES else {}
 MAKE_QUEUE = "get_write_results_queue" if HAS_STRATEGIES else "_get_write_results_queue"
 ROOM_FOR_INDEX = 64 * 2**20  # bytes beside the tensors: index, manifest, rounding
+
+log = logging.getLogger(__name__)
 
 
 class _InThisProcess(TorchDistSaveShardedStrategy):
@@ -121,12 +122,11 @@ class Saver:
         *,
         keep: int,
         in_background: bool,
-        say: Callable[[str], None],
     ):
-        """`side_files` are what makes `root` a model's folder; `keep` and `in_background` are trainer.max_ckpt_to_keep
-        and trainer.async_save."""
+        """`training_state` is what is saved, by each rank of `layout`, into `root`; `side_files` are what makes that a
+        model's folder; `keep` and `in_background` are trainer.max_ckpt_to_keep and trainer.async_save."""
         self.root, self._training_state, self._layout = Path(root), training_state, layout
-        self._side_files, self._keep, self._in_background, self._say = side_files, keep, in_background, say
+        self._side_files, self._keep, self._in_background = side_files, keep, in_background
         self._pending: _Pending | None = None
         # One thread for all saves: glibc gives each new thread another memory arena, up to 8 per core, and what a
         # save's buffers took stays in it.
@@ -230,12 +230,12 @@ class Saver:
         shutil.rmtree(partial_folder(self.root, step), ignore_errors=True)
         raise CheckpointError(
             f"trainer.default_local_dir: the checkpoint of step {step} could not be written ({error}); make room or "
-            "mend the disk: the checkpoints before it are whole, and trainer.resume_mode=auto goes on from the last one"
+            "fix the disk: the checkpoints before it are whole, and trainer.resume_mode=auto resumes from the last one"
         )
 
     @contextlib.contextmanager
     def _giving_up(self, step: int) -> Iterator[None]:
-        """On rank 0, which writes the small files, an error of the disk is said as such; it ends the others too."""
+        """Rank 0, which writes the small files, reports disk errors as CheckpointError, on every rank."""
         try:
             yield
         except (OSError, RuntimeError) as error:
@@ -260,7 +260,7 @@ class Saver:
         write_tracker(self.root, state.step)
         removed = prune(self.root, self._keep)
         gone = f"; removed those of steps {removed}" if removed else ""
-        self._say(f"Checkpoint: {final}, {sum(r['bytes'] for r in records.values()) / 1e9:.2f} GB{gone}")
+        log.info("Checkpoint: %s, %.2f GB%s", final, sum(r["bytes"] for r in records.values()) / 1e9, gone)
 
     def _check_written(self, folder: Path, records: dict[str, dict[str, Any]]) -> None:
         """CheckpointError when rank 0 does not see what the other ranks have written."""

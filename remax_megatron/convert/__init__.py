@@ -1,1 +1,1 @@
-"""Converters between Hugging Face folders and Megatron checkpoints. The commands in convert/ call their `main`s."""
+"""Converters between Hugging Face folders and Megatron checkpoints: `remax-convert`, and the scripts of convert/."""

@@ -21,7 +21,7 @@ class Command(argparse.ArgumentParser):
 
     def __init__(self, prog: str, doc: str | None):
         super().__init__(
-            prog=f"python {prog}",
+            prog=sys.argv[0] if sys.argv[0].startswith("remax-convert ") else f"python {prog}",
             description=textwrap.dedent(doc or ""),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -29,9 +29,11 @@ class Command(argparse.ArgumentParser):
         self.add = self.add_argument
 
     def add_workers(self) -> None:
+        """Add --workers."""
         self.add("--workers", type=_positive, metavar="N", help="threads (default: one per processor, at most 8)")
 
     def add_writing_options(self) -> None:
+        """Add the options of all commands that write a folder."""
         self.add_workers()
         self.add("--resume", action="store_true", help="go on with a conversion that was interrupted")
 

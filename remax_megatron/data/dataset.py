@@ -4,7 +4,7 @@ Reads .parquet, .json (a list of objects, or one object per line) and .jsonl, as
 scripts: extra columns are ignored, `extra_info` may differ between files or be missing. The model's chat template turns
 a prompt into tokens. It does not score, does not pad, and does not cache: 7473 GSM8K prompts take about a second.
 
-Every refusal is a DataError with the file, the row (a line for JSON lines) and the mend.
+Every refusal is a DataError with the file, the row (a line for JSON lines) and the fix.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def load_prompts(
 
     A prompt longer than `max_prompt_length` tokens, chat template included, is left out when `filter_overlong_prompts`;
     otherwise `truncation` refuses it ("error"), or cuts tokens off its "left" or "right" end. A prompt that is plain
-    text counts as one user turn. `tokenizer` is a transformers tokenizer with a chat template.
+    text counts as one user turn; `prompt_key` names the column. `tokenizer` is a transformers tokenizer with a chat
+    template.
     """
     if truncation not in TRUNCATIONS:
         raise DataError(f"data.truncation={truncation!r} is unknown; use one of {', '.join(TRUNCATIONS)}")
@@ -168,8 +169,8 @@ def _need_columns(place: str, columns: set[str], reward_model_fields: set[str], 
     found = columns | {f"reward_model.{field}" for field in reward_model_fields}
     for needed in (prompt_key, "data_source", "reward_model.ground_truth"):
         if needed not in found:
-            mend = "; data.prompt_key names the prompt's column" if needed == prompt_key else ""
-            raise DataError(f"{place}: no column {needed!r}; found: {', '.join(sorted(found)) or 'none'}{mend}")
+            fix = "; data.prompt_key names the prompt's column" if needed == prompt_key else ""
+            raise DataError(f"{place}: no column {needed!r}; found: {', '.join(sorted(found)) or 'none'}{fix}")
 
 
 def _read_parquet(path: Path, prompt_key: str) -> Iterator[tuple[str, dict[str, Any]]]:

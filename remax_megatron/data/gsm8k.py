@@ -53,6 +53,7 @@ GSM8K = Preparation("GSM8K", DATA_SOURCE, "main", to_row, GSM8K_SCHEMA)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Write GSM8K as parquet files."""
     return GSM8K.command("remax_megatron.data.gsm8k", argv)
 
 

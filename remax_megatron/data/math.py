@@ -58,6 +58,7 @@ MATH = Preparation("MATH", DATA_SOURCE, None, to_row, MATH_SCHEMA)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Write MATH as parquet files."""
     return MATH.command("remax_megatron.data.math", argv)
 
 

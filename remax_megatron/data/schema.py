@@ -19,7 +19,7 @@ from remax_megatron.errors import UserError
 
 
 class DataError(UserError):
-    """A data file, or a data setting, that cannot be used; the message names the file, the place and the mend."""
+    """A data file, or a data setting, that cannot be used; the message names the file, the place and the fix."""
 
 
 def prompt_schema(extra_info: Mapping[str, pa.DataType], more: Mapping[str, pa.DataType] | None = None) -> pa.Schema:

@@ -79,6 +79,8 @@ def _mul(x: int, y: int) -> tuple[str, int]:
 def _one_step(
     family: str, question: str, who: str, things: str, right: tuple[str, int], wrong: tuple[str, int]
 ) -> Problem:
+    """Make a problem of `family` from its `question`: how many `things` `who` has, `right` and `wrong`, each as
+    (how it is reckoned, number)."""
     return Problem(
         family=family,
         question=question,
@@ -229,6 +231,7 @@ def ensure_data(cache_dir: str | Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
+    """Write the word problems, as the command line says."""
     parser = argparse.ArgumentParser(description="Write train.parquet and test.parquet of arithmetic word problems.")
     parser.add_argument("--local_dir", required=True, type=Path)
     parser.add_argument("--num_train", type=int, default=NUM_TRAIN)

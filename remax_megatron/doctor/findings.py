@@ -16,12 +16,12 @@ SHOWN = 3  # findings of one check and level, ranks of one finding
 
 @dataclass(frozen=True)
 class Finding:
-    """`level` is one of LEVELS; `mend` is printed below the fact unless all is well."""
+    """`level` is one of LEVELS; `fix` is printed below the fact unless all is well."""
 
     check: str
     level: str
     fact: str
-    mend: str = ""
+    fix: str = ""
 
 
 def merge(reports: Mapping[str, Sequence[Finding]]) -> list[Finding]:
@@ -44,7 +44,7 @@ def merge(reports: Mapping[str, Sequence[Finding]]) -> list[Finding]:
             if len(who[finding]) < len(reports):
                 finding = replace(finding, fact=f"[{some(who[finding])}] {finding.fact}")
             if level == OK:
-                finding = replace(finding, level=WARNING, mend="install the same versions on all nodes")
+                finding = replace(finding, level=WARNING, fix="install the same versions on all nodes")
             merged.append(finding)
         if len(group) > SHOWN:
             merged.append(Finding(check, WARNING if level == OK else level, f"and {len(group) - SHOWN} more like this"))
@@ -59,11 +59,11 @@ def show(reports: Mapping[str, Sequence[Finding]], headline: str) -> int:
     findings, lines = merge(reports), [headline]
     for finding in sorted(findings, key=lambda finding: LEVELS.index(finding.level)):
         lines.append(f"{finding.level:8}{finding.check:15}{_block(finding.fact)}")
-        if finding.mend and finding.level != OK:
-            lines.append(" " * INDENT + _block(f"-> {finding.mend}"))
+        if finding.fix and finding.level != OK:
+            lines.append(" " * INDENT + _block(f"-> {finding.fix}"))
     problems = [finding.check for finding in findings if finding.level == PROBLEM]
     warnings = sum(finding.level == WARNING for finding in findings)
-    verdict = "the run would fail: mend the problems first" if problems else "nothing stands against a start"
+    verdict = "the run would fail: fix the problems first" if problems else "ready to start"
     print("\n".join([*lines, f"problems: {len(problems)}, warnings: {warnings}; {verdict}"]), flush=True)
     return EXIT_BAD_SETTINGS if SETTINGS in problems else int(bool(problems))
 

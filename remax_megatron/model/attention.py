@@ -115,6 +115,9 @@ class _PackedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
+        """Attend over packed rows: query_TND [T, heads, D], key_TKD and value_TKD [T, groups, D], in the order in which
+        Megatron calls. All is said by packed_seq_params: attention_mask, attn_mask_type and attention_bias are not
+        read."""
         assert packed_seq_params is not None, "the policy only runs packed micro-batches"
         if packed_seq_params.rotation is not None:
             query_TND, key_TKD = (_rotated(x, *packed_seq_params.rotation) for x in (query_TND, key_TKD))
@@ -132,6 +135,7 @@ class SdpaPerRow(_PackedAttention):
     """Causal attention, one row at a time: work grows with the sum of squared row lengths, not of the whole pack."""
 
     def attend(self, query_TND, key_TKD, value_TKD, packed: PackedRows) -> Tensor:
+        """[T, heads, D] for rotated queries and keys."""
         outs, start = [], 0
         for prompt, answers in packed.segments:
             end = start + prompt
@@ -168,6 +172,7 @@ class FlexAttention(_PackedAttention):
     """torch's flex attention under a mask made from the segments; compiled on CUDA. arXiv 2412.05496."""
 
     def attend(self, query_TND, key_TKD, value_TKD, packed: PackedRows) -> Tensor:
+        """[T, heads, D] for rotated queries and keys."""
         mask = getattr(packed, "block_mask", None)  # the same in every layer
         if mask is None:
             mask = packed.block_mask = _block_mask(packed.segments, query_TND.shape[0], query_TND.device)
@@ -213,6 +218,7 @@ class VarlenAttention(_PackedAttention):
     """torch's variable-length flash attention; CUDA, bfloat16, torch >= 2.11."""
 
     def attend(self, query_TND, key_TKD, value_TKD, packed: PackedRows) -> Tensor:
+        """[T, heads, D] for rotated queries and keys."""
         from torch.nn.attention.varlen import varlen_attn
 
         group = query_TND.shape[1] // key_TKD.shape[1]

@@ -1,10 +1,12 @@
 """Qwen2 / Qwen2.5 as Megatron-Core `GPTModel` chunks whose output is the hidden states before the head.
 
 The head is applied by `remax_megatron.algorithm.logprob` to the scored positions only, so the logits of a whole
-micro-batch never exist. Weights come from `remax_megatron.model.weights`.
+micro-batch never exist. Weights come from `remax_megatron.model.live_weights`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +17,13 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Recompute
 from remax_megatron.model.attention import PackedRows
 from remax_megatron.model.layers import layer_spec
-from remax_megatron.model.weight_table import padded_vocab_size
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.types import Recompute
+from remax_megatron.weights.weight_table import padded_vocab_size
 
 
 class HiddenStatesModel(GPTModel):
@@ -61,9 +63,13 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's description of the architecture in `facts` under `layout`.
 
-    `layers` and `attention_backend` are results of `choose_layers` and `choose_backend`.
+    dtype              of the weights
+    sequence_parallel  whether norms and residuals are cut over the tensor-parallel ranks
+    recompute          what the backward pass computes again
+    layers             a result of `choose_layers`
+    attention_backend  a result of `choose_backend`
     """
-    fields = dict(
+    fields: dict[str, Any] = dict(
         num_layers=facts.num_layers,
         hidden_size=facts.hidden_size,
         ffn_hidden_size=facts.ffn_hidden_size,
@@ -100,17 +106,20 @@ def transformer_config(
         overlap_p2p_comm=layout.vpp > 1,
         batch_p2p_sync=False,  # a device synchronisation per message, for versions of torch long gone
     )
-    if recompute.granularity == "full":
-        fields |= dict(
-            recompute_granularity="full",
-            recompute_method=recompute.method,
-            recompute_num_layers=recompute.num_layers,
-        )
-    elif recompute.granularity == "selective":
-        fields |= dict(recompute_granularity="selective", recompute_modules=list(recompute.modules))
+    fields |= _recompute_fields(recompute)
     if layout.device.type != "cuda":
         fields |= cpu_platform.transformer_config_overrides()
     return TransformerConfig(**fields)
+
+
+def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
+    """Megatron's settings for what the backward pass computes again."""
+    if recompute.granularity == "full":
+        method, count = recompute.method, recompute.num_layers
+        return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": count}
+    if recompute.granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}
+    return {}
 
 
 def build_chunks(

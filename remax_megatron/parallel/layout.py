@@ -34,10 +34,11 @@ class Layout:
 
     @property
     def is_last_stage(self) -> bool:
+        """Whether this rank's stage computes the head."""
         return self.pp_rank == self.pp - 1
 
     @property
-    def speaks_for_replica(self) -> bool:
+    def reports_for_replica(self) -> bool:
         """True on the one rank per data-parallel replica whose last-stage results are counted."""
         return self.is_last_stage and self.tp_rank == 0
 
@@ -75,7 +76,14 @@ def _alone() -> dict[str, str]:
 def init_model_parallel(
     device: torch.device, *, tp: int, pp: int, vpp: int | None, seed: int, timeout_s: int = 1800
 ) -> Layout:
-    """Create Megatron's groups (every rank calls, same arguments) and seed its RNG tracker."""
+    """Create Megatron's groups (every rank calls, same arguments) and seed its RNG tracker.
+
+    device     of this rank
+    tp, pp     tensor- and pipeline-parallel sizes; their product divides the ranks
+    vpp        model chunks per pipeline rank, None: one
+    seed       of the tracker
+    timeout_s  seconds that a collective may take, rounded up to minutes
+    """
     from megatron.core import parallel_state as mpu
     from megatron.core import tensor_parallel
 

@@ -71,10 +71,12 @@ class Heartbeat(NamedTuple):
     done: bool
 
     def encode(self) -> str:
+        """Write the heartbeat as the text that the store keeps."""
         return json.dumps(self)
 
     @staticmethod
     def decode(text: bytes) -> Heartbeat:
+        """Read what `encode` wrote."""
         number, place, *rest = json.loads(text)
         return Heartbeat(number, Place(*place), *rest)
 
@@ -89,8 +91,9 @@ class _Peer(NamedTuple):
 class Watchdog:
     """The two threads of one rank. The constructor is collective: it returns when all ranks are there.
 
-    `progress_timeout_s` is the longest a main thread may be without a beat, `dead_after_s` the longest a process may be
-    without a heartbeat. `cleanup` runs before the process is ended, for a few seconds at most.
+    The `world_size` ranks meet in the `store`. `progress_timeout_s` is the longest a main thread may be without a beat,
+    `dead_after_s` the longest a process may be without a heartbeat, `poll_s` how often the threads look. `cleanup` runs
+    before the process is ended, for a few seconds at most.
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class Watchdog:
     # -- the main thread -------------------------------------------------------------------------------------------
 
     def beat(self, phase: str, detail: str = "") -> None:
+        """Note that the main thread is at `detail` of `phase` now."""
         self._place = Place(phase, detail, self._clock_s, time.time())
 
     @contextmanager
@@ -145,6 +149,7 @@ class Watchdog:
         self.beat(*((BETWEEN, "") if outer.phase == START else (outer.phase, outer.detail)))
 
     def beat_detail(self, detail: str) -> None:
+        """Note that the main thread is at `detail` of the phase it is in."""
         self.beat(self._place.phase, detail)
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ share of the micro-batches, and results come back on every rank.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -22,15 +23,17 @@ from torch import Tensor
 from remax_megatron.algorithm.logprob import head_logprob
 from remax_megatron.batching.packed import PackedBatch, num_shared_tokens, pack, prompt_groups
 from remax_megatron.batching.schedule import Schedule, row_cost, schedule_by_rows, schedule_by_tokens
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import NO_RECOMPUTE, Actor, Recompute
 from remax_megatron.model.attention import choose_backend, packed_rows
 from remax_megatron.model.layers import choose_layers
+from remax_megatron.model.live_weights import load_weights
 from remax_megatron.model.qwen2 import build_chunks, transformer_config
-from remax_megatron.model.weights import load_weights
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import watchdog
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.policy.settings import PolicySettings
 from remax_megatron.types import Row
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,28 +58,25 @@ class PackedModel:
         self,
         facts: ModelFacts,
         layout: Layout,
-        actor: Actor,
-        *,
+        settings: PolicySettings,
         model_folder: str,
-        temperature: float,
-        recompute: Recompute = NO_RECOMPUTE,
-        log: Callable[[str], None] = lambda line: None,
     ):
+        actor = settings.actor
         self.facts, self.layout, self.actor = facts, layout, actor
-        self.temperature = temperature
+        self.temperature = settings.temperature
         self._row_cost = row_cost(facts)
         self.dtype = getattr(torch, actor.megatron.dtype)
         self.shares_prompts = actor.share_prompts
         requested = actor.megatron.attention_backend
         backend = choose_backend(requested, layout.device, self.dtype, self.shares_prompts)
         layers = choose_layers(actor.megatron.layers, layout.device, self.dtype)
-        log(f"Layers: {layers}, attention: {backend}, on {layout.device.type} in {actor.megatron.dtype}")
+        log.info("Layers: %s, attention: %s, on %s in %s", layers, backend, layout.device.type, actor.megatron.dtype)
         self.config = transformer_config(
             facts,
             layout,
             dtype=self.dtype,
             sequence_parallel=actor.megatron.sequence_parallel,
-            recompute=recompute,
+            recompute=settings.recompute,
             layers=layers,
             attention_backend=backend,
         )
@@ -109,7 +109,7 @@ class PackedModel:
 
         def collect(batch: PackedBatch, scored: Scored) -> Tensor:
             value_R = value(batch, scored)
-            if self.layout.speaks_for_replica:
+            if self.layout.reports_for_replica:
                 parts = value_R.split(batch.response_lengths) if batch.rows else []
                 for row, part in zip(batch.rows, parts, strict=True):
                     flat[offsets[row] : offsets[row] + len(part)] = part

@@ -6,7 +6,7 @@ share of the micro-batches, and results come back on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -17,18 +17,14 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from remax_megatron.algorithm.importance import SUMS as IMPORTANCE_SUMS
-from remax_megatron.algorithm.importance import ImportanceStats, importance_weights
-from remax_megatron.algorithm.kl import token_kl
 from remax_megatron.algorithm.logprob import head_full_kl
-from remax_megatron.algorithm.losses import Clip, clipped_policy_loss, reinforce_loss
+from remax_megatron.algorithm.objective import MISMATCH, Objective, Terms
 from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import NO_RECOMPUTE, Actor, Recompute, RolloutCorrection
-from remax_megatron.guards import MADE, VERDICTS, forbidden
+from remax_megatron.guards import Skip, skip_reason
 from remax_megatron.model.layers import fuse_weight_gradients
-from remax_megatron.model.weights import WeightStream
+from remax_megatron.model.live_weights import WeightStream
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.phases import PhaseTimer
@@ -36,51 +32,34 @@ from remax_megatron.policy import gradient_norm
 from remax_megatron.policy.offload import HostOffload, optimizer_tensors
 from remax_megatron.policy.packed_model import PackedModel, Scored
 from remax_megatron.policy.reference import Reference
+from remax_megatron.policy.settings import PolicySettings
 from remax_megatron.types import Row
-
-# Sums over the tokens of an update, in the order they travel in; those of importance weights are over weights.
-_SUMS = (
-    "loss",
-    "entropy",
-    "num_clipped",
-    "num_dual_clipped",
-    "old_minus_new",
-    "kl",
-    "mismatch_abs",
-    "mismatch_rollout_minus_policy",
-    *(f"importance_{name}" for name in IMPORTANCE_SUMS),
-)
-_MAXIMA = ("mismatch_abs", "importance")
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """One optimizer step, or what forbade it: `skipped` is "" or one of guards.VERDICTS, equal on all ranks, and then
-    no weight, moment or counter has changed; `nonfinite_rows` are those with a loss that is not finite, by their place
-    in the update. Means are per response token that was trained on; `mismatch_*` compare the engine's
-    logprobs with the policy's before the step (nats); `kl` is that of the loss, 0 without one; `fill` is tokens / what
-    the micro-batches could hold, 0 to 1. `num_computed_tokens` counts a shared prompt once, `num_tokens` with every
-    answer. `importance` holds the metrics of the importance weights, where there are any."""
+    """One optimizer step, or why it was not made: `skipped` is equal on all ranks; unless it is Skip.NONE, no weight,
+    moment or counter has changed. `nonfinite_rows` are those with a loss that is not finite, by their place in the
+    update. `metrics` are the objective's, over the response tokens that were trained on. `fill` is tokens / what the
+    micro-batches could hold, 0 to 1. `num_computed_tokens` counts a shared prompt once, `num_tokens` with every answer.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
-    entropy: float
-    clip_share: float
-    dual_clip_share: float
-    approx_kl: float
-    kl: float
-    mismatch_mean: float
-    mismatch_signed_mean: float  # engine minus policy
-    mismatch_max: float
+    metrics: dict[str, float]
     num_tokens: int
     num_computed_tokens: int
     num_response_tokens: int
     num_microbatches: int
     fill: float
-    importance: dict[str, float] = field(default_factory=dict)
-    skipped: str = MADE
+    skipped: Skip = Skip.NONE
     nonfinite_rows: list[int] = field(default_factory=list)
+
+    @property
+    def mismatch(self) -> float:
+        """The mean of |engine - policy| before the step, in nats."""
+        return self.metrics[MISMATCH]
 
 
 class Policy(PackedModel):
@@ -90,21 +69,15 @@ class Policy(PackedModel):
         self,
         facts: ModelFacts,
         layout: Layout,
-        actor: Actor,
-        *,
+        settings: PolicySettings,
         model_folder: str,
-        temperature: float,
-        recompute: Recompute = NO_RECOMPUTE,
-        correction: RolloutCorrection | None = None,
-        log: Callable[[str], None] = lambda line: None,
         timer: PhaseTimer | None = None,
     ):
-        super().__init__(
-            facts, layout, actor, model_folder=model_folder, temperature=temperature, recompute=recompute, log=log
-        )
-        self.correction = correction or RolloutCorrection()
+        """`model_folder` is a Hugging Face folder or a Megatron checkpoint; `timer` gets the phases of offloads."""
+        super().__init__(facts, layout, settings, model_folder)
+        self._objective = settings.objective()
         self._timer = timer or PhaseTimer()
-        megatron = actor.megatron
+        megatron = settings.actor.megatron
         overlap_reduce, overlap_gather = megatron.overlap_grad_reduce, megatron.overlap_param_gather
         if overlap_reduce is None:
             overlap_reduce = bool(overlap_gather) or (layout.device.type == "cuda" and layout.dp > 1)
@@ -198,23 +171,19 @@ class Policy(PackedModel):
         `schedule` (None: `self.schedule(rows)`).
         """
         schedule = self.schedule(rows) if schedule is None else schedule
-        full = self.actor.use_kl_loss and self.actor.kl_loss_type == "full"
+        full = self._objective.kl_kind == "full"
         states: list[Tensor] = []
         if full:
             assert reference is not None, "the full KL needs the reference policy"
             states = reference.hidden_states(rows, schedule)
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.layout.device)
-        maxima = torch.zeros(len(_MAXIMA), dtype=torch.float64, device=self.layout.device)
-        finite: list[tuple[list[int], list[int], Tensor]] = []  # rows, their lengths, is the token's loss finite [R]
+        totals = _Totals(self._objective, self.layout.device)
 
         def loss(batch: PackedBatch, scored: Scored) -> Tensor:
             kl_R = self._full_kl(batch, scored, reference, states) if reference is not None and full else None
-            total, finite_R, batch_sums, batch_maxima = self._loss(batch, scored.logprob_R, scored.entropy_R, kl_R)
-            if self.layout.speaks_for_replica and scored.logprob_R.numel():
-                finite.append((batch.rows, batch.response_lengths, finite_R))
-                sums.add_(batch_sums)
-                torch.maximum(maxima, batch_maxima, out=maxima)
-            return total
+            terms = self._objective(batch, scored.logprob_R, scored.entropy_R, kl_R)
+            if self.layout.reports_for_replica and scored.logprob_R.numel():
+                totals.add(batch, terms)
+            return terms.total
 
         self._restore_gradients()
         for chunk in self.chunks:
@@ -223,96 +192,29 @@ class Policy(PackedModel):
         learning_rate = self._set_hyperparameters()
         with reference.on_device() if reference is not None and full else nullcontext():
             self._run(rows, schedule, loss, forward_only=False)
-        dist.all_reduce(sums)
-        dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-        values = torch.cat([sums, maxima]).tolist()  # the host waits for the device once
-        total = dict(zip(_SUMS, values[: len(_SUMS)], strict=True))
-        maximum = dict(zip(_MAXIMA, values[len(_SUMS) :], strict=True))
         num_response_tokens = sum(len(row.response_ids) for row in rows)
-        mean = {name: value / num_response_tokens for name, value in total.items()}
-        grad_norm, skipped = self._step(total["loss"], mean["mismatch_abs"], mismatch_limit)
+        metrics = totals.metrics(num_response_tokens)
+        grad_norm, skipped = self._step(metrics["actor/loss"], metrics[MISMATCH], mismatch_limit)
         num_computed = sum(self.num_computed_tokens(rows, batch) for rank in schedule for batch in rank)
         num_microbatches = len(schedule[0])
-        weights = ImportanceStats(
-            **{name: total[f"importance_{name}"] for name in IMPORTANCE_SUMS}, largest=maximum["importance"]
-        )
         return UpdateResult(
-            loss=total["loss"],
+            loss=metrics["actor/loss"],
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            entropy=mean["entropy"],
-            clip_share=mean["num_clipped"],
-            dual_clip_share=mean["num_dual_clipped"],
-            approx_kl=mean["old_minus_new"],
-            kl=mean["kl"],
-            mismatch_mean=mean["mismatch_abs"],
-            mismatch_signed_mean=mean["mismatch_rollout_minus_policy"],
-            mismatch_max=maximum["mismatch_abs"],
+            metrics=metrics,
             num_tokens=sum(row.num_tokens for row in rows),
             num_computed_tokens=num_computed,
             num_response_tokens=num_response_tokens,
             num_microbatches=num_microbatches,
             fill=num_computed / (num_microbatches * self.layout.dp * self._microbatch_capacity(rows)),
-            importance=weights.metrics(),
             skipped=skipped,
-            nonfinite_rows=_rows_not_finite(finite) if skipped else [],
+            nonfinite_rows=totals.nonfinite_rows() if skipped else [],
         )
 
-    def _loss(
-        self, batch: PackedBatch, logprob_R: Tensor, entropy_R: Tensor, full_kl_R: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(loss of the micro-batch with its gradient, which tokens' part of it is finite [R], sums in the order of
-        _SUMS, maxima in that of _MAXIMA)."""
-        actor, correction = self.actor, self.correction
-        old_R = batch.old_logprob_R
-        clip = Clip(
-            low=actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low,
-            high=actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high,
-            dual=actor.clip_ratio_c,
-        )
-        tokens = clipped_policy_loss(logprob_R, old_R, batch.advantage_R, clip)
-        loss_R = tokens.loss_R if actor.policy_loss == "ppo_clip" else reinforce_loss(logprob_R, batch.advantage_R)
-        weight_sums = logprob_R.new_zeros(len(IMPORTANCE_SUMS), dtype=torch.float64)
-        largest_weight = weight_sums[0]
-        if correction.rollout_is is not None:
-            before_R = logprob_R.detach() if old_R is None else old_R
-            weight_R, weight_sums, largest_weight = importance_weights(
-                before_R,
-                batch.rollout_logprob_R,
-                batch.response_lengths,
-                level=correction.rollout_is,
-                threshold=correction.rollout_is_threshold,
-            )
-            loss_R = loss_R * weight_R
-        if actor.entropy_coeff:
-            loss_R = loss_R - actor.entropy_coeff * entropy_R
-        kl_R = torch.zeros_like(logprob_R)
-        if actor.use_kl_loss and logprob_R.numel():
-            if full_kl_R is not None:
-                kl_R = full_kl_R
-            else:
-                assert batch.ref_logprob_R is not None, "a KL loss needs the reference's log-probabilities"
-                kl_R = token_kl(logprob_R, batch.ref_logprob_R, actor.kl_loss_type)
-            loss_R = loss_R + actor.kl_loss_coef * kl_R
-        weighted_R = loss_R * batch.weight_R
-        total = weighted_R.sum()
-        mismatch_R = logprob_R.detach() - batch.rollout_logprob_R
-        clips = actor.policy_loss == "ppo_clip"
-        sums = [total, entropy_R.sum(), clips * tokens.clipped_R.sum(), clips * tokens.dual_clipped_R.sum()]
-        sums += [tokens.old_minus_new_R.sum(), kl_R.sum(), mismatch_R.abs().sum(), -mismatch_R.sum()]
-        of_tokens = torch.stack([value.detach().double() for value in sums])
-        largest = torch.zeros(len(_MAXIMA), dtype=torch.float64, device=logprob_R.device)
-        if logprob_R.numel():
-            largest[0] = mismatch_R.abs().max()
-            largest[1] = largest_weight
-        # A maximum with NaN may come out differently on every rank; infinity may not.
-        largest.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        return total, weighted_R.detach().isfinite(), torch.cat([of_tokens, weight_sums]), largest
+    def _step(self, loss: float, mismatch: float, mismatch_limit: float | None) -> tuple[float, Skip]:
+        """The optimizer step, unless it is forbidden; returns the gradient norm and what forbade it.
 
-    def _step(self, loss: float, mismatch: float, mismatch_limit: float | None) -> tuple[float, str]:
-        """The optimizer step, unless it is forbidden; returns the gradient norm and the verdict (guards.VERDICTS).
-
-        The ranks agree on the verdict: one that sees a reason where others see none stops them all. Master weights,
+        The ranks agree on that: one that sees a reason where others see none stops them all. Master weights,
         moments and `num_updates` are those of steps that were made; gradients begin at 0 in every update.
         """
         if self._offload.is_away:
@@ -321,12 +223,10 @@ class Policy(PackedModel):
         with cpu_platform.cuda_type_names():
             self.optimizer.prepare_grads()
             grad_norm = float(self.optimizer.get_grad_norm())
-            verdict = torch.tensor(
-                VERDICTS.index(forbidden(loss, grad_norm, mismatch, mismatch_limit)), device=self.layout.device
-            )
-            dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
-            skipped = VERDICTS[int(verdict)]
-            if skipped == MADE:
+            reason = torch.tensor(skip_reason(loss, grad_norm, mismatch, mismatch_limit), device=self.layout.device)
+            dist.all_reduce(reason, op=dist.ReduceOp.MAX)
+            skipped = Skip(int(reason))
+            if not skipped:
                 self._clip_gradients(grad_norm)
                 self.optimizer.step_with_ready_grads()
                 self.num_updates += 1
@@ -419,14 +319,43 @@ class Policy(PackedModel):
         return WeightStream(self.bare_chunks, self.facts, self.layout, dtype, bucket_bytes, self.gather_weights)
 
 
-def _rows_not_finite(finite: Sequence[tuple[list[int], list[int], Tensor]]) -> list[int]:
-    """The rows of all ranks' micro-batches that have a token whose loss is not finite, in order. Collective."""
-    mine = [
-        row
-        for rows, lengths, finite_R in finite
-        for row, part in zip(rows, finite_R.split(lengths), strict=True)
-        if not part.all()
-    ]
-    parts: list = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return sorted({row for part in parts for row in part})
+class _Totals:
+    """What an update's micro-batches add up to: sums, maxima, and which tokens have a loss that is finite."""
+
+    def __init__(self, objective: Objective, device: torch.device):
+        self._objective = objective
+        self._sums, self._maxima = (
+            torch.zeros(len(one), dtype=torch.float64, device=device) for one in objective.names
+        )
+        self._finite: list[tuple[PackedBatch, Tensor]] = []  # with [R] bool
+
+    def add(self, batch: PackedBatch, terms: Terms) -> None:
+        """Add a micro-batch; nothing is read back from the device."""
+        self._finite.append((batch, terms.finite_R))
+        self._sums.add_(torch.stack(list(terms.sums.values())))
+        # A maximum with NaN may come out differently on every rank; infinity may not.
+        maxima = torch.stack(list(terms.maxima.values())).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        torch.maximum(self._maxima, maxima, out=self._maxima)
+
+    def metrics(self, num_tokens: int) -> dict[str, float]:
+        """The objective's metrics over all ranks' micro-batches, with `num_tokens` response tokens. Collective."""
+        dist.all_reduce(self._sums)
+        dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
+        values = torch.cat([self._sums, self._maxima]).tolist()  # the host waits for the device once
+        of_sums, of_maxima = self._objective.names
+        sums, maxima = values[: len(of_sums)], values[len(of_sums) :]
+        return self._objective.metrics(
+            dict(zip(of_sums, sums, strict=True)), dict(zip(of_maxima, maxima, strict=True)), num_tokens
+        )
+
+    def nonfinite_rows(self) -> list[int]:
+        """The rows of all ranks' micro-batches that have a token whose loss is not finite, in order. Collective."""
+        mine = [
+            row
+            for batch, finite_R in self._finite
+            for row, part in zip(batch.rows, finite_R.split(batch.response_lengths), strict=True)
+            if not part.all()
+        ]
+        parts: list = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return sorted({row for part in parts for row in part})

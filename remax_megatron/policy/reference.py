@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Actor
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.policy.packed_model import PackedModel, Scored
+from remax_megatron.policy.settings import PolicySettings
 from remax_megatron.types import Row
 
 
@@ -24,14 +24,12 @@ class Reference(PackedModel):
         self,
         facts: ModelFacts,
         layout: Layout,
-        actor: Actor,
-        *,
+        settings: PolicySettings,
         model_folder: str,
-        temperature: float,
-        offload: bool,
-        log: Callable[[str], None] = lambda line: None,
+        *,
+        offload: bool = False,
     ):
-        super().__init__(facts, layout, actor, model_folder=model_folder, temperature=temperature, log=log)
+        super().__init__(facts, layout, settings, model_folder)
         for chunk in self.chunks:
             chunk.requires_grad_(False)
         self._offload = offload and layout.device.type == "cuda"
@@ -47,6 +45,7 @@ class Reference(PackedModel):
             self._move("cpu")
 
     def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
+        """See `PackedModel.logprobs`; the weights come to the device for it."""
         with self.on_device():
             return super().logprobs(rows, temperature)
 

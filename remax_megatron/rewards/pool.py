@@ -6,7 +6,7 @@
 
 An answer whose scorer overruns its deadline costs its worker (SIGKILL, a new one starts) and gets score 0 with outcome
 "timeout"; an exception is "error", a worker that dies is "crash"; all other answers are unaffected. Workers are fresh
-interpreters (worker.py), take many cheap answers per message or few dear ones, and never outlive this process.
+interpreters (worker.py), take many cheap answers per message or few expensive ones, and never outlive this process.
 
 One thread at a time may use a pool. Linux only (memfd, PR_SET_PDEATHSIG). A worker also dies with the *thread* that
 started it, which the next `score` mends. A scorer is trusted code here; untrusted programs run in sandbox.py.

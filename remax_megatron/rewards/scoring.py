@@ -38,7 +38,7 @@ BUILT_IN: dict[str, str] = {
 
 
 class RewardError(UserError):
-    """A scorer that cannot be loaded or used; the message names the file or the sample, and the mend."""
+    """A scorer that cannot be loaded or used; the message names the file or the sample, and the fix."""
 
 
 def load_scorer(path: str | None, name: str = "compute_score") -> Scorer:

@@ -48,6 +48,7 @@ class SyncReport:
 
     @property
     def gb_per_s(self) -> float:
+        """Compute the rate of the transfer, in 10^9 bytes per second."""
         return self.num_bytes / 1e9 / max(self.seconds, 1e-9)
 
 
@@ -64,8 +65,14 @@ class Bridge:
         bucket_bytes: int,
         threshold: float | None,
     ):
-        """`dtype` is the engine's, "float32" or "bfloat16"; `bucket_bytes` is that of `WeightStream`; `threshold` in
-        nats, None for THRESHOLD's. No collectives."""
+        """No collectives.
+
+        policy, engine  both ends of the bridge
+        canary_prompts  the first tokens of some of them are the canary
+        dtype           the engine's, "float32" or "bfloat16"
+        bucket_bytes    of the `WeightStream`
+        threshold       of the canary in nats, None: that of THRESHOLD
+        """
         self.policy, self.engine = policy, engine
         # Either side's bfloat16 decides: rounding is what the limit has to leave room for.
         rounding = "float32" if dtype == "float32" and policy.dtype == torch.float32 else "bfloat16"

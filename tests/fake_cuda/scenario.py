@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from remax_megatron.config.load import load_config
 from remax_megatron.config.schema import Config
-from remax_megatron.guards import MADE, NONFINITE, VERDICTS
+from remax_megatron.guards import Skip
 
 if TYPE_CHECKING:
     from tests.stand_ins.fake_cuda.rank import Rank
@@ -74,11 +74,11 @@ def train(rank: Rank) -> Trained:
 
 def refuse(rank: Rank) -> Trained:
     """The same, but the first update is one that some rank finds not finite."""
-    verdicts = iter([VERDICTS.index(NONFINITE)])
+    reasons = iter([Skip.NONFINITE])
 
     def answer(frame: FrameType, shape: tuple[int, ...]) -> float:
-        is_verdict = "verdict" in frame.f_locals and "skipped" not in frame.f_locals
-        return next(verdicts, VERDICTS.index(MADE)) if is_verdict else 1.0
+        is_reason = "reason" in frame.f_locals and "skipped" not in frame.f_locals
+        return next(reasons, Skip.NONE) if is_reason else 1.0
 
     rank.recorder.answers["policy.py", "_step"] = answer
     return train(rank)

@@ -24,10 +24,11 @@ BUCKET = 20_000  # weights
 
 
 def build(folder: str, device, pp: int, overlap: str):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy import policy
+    from remax_megatron.policy.settings import PolicySettings
 
     actor = Actor()
     actor.megatron.dtype, actor.megatron.layers = "float32", LAYERS
@@ -38,7 +39,7 @@ def build(folder: str, device, pp: int, overlap: str):
     with pytest.MonkeyPatch.context() as patch:
         small = functools.partial(policy.DistributedDataParallelConfig, bucket_size=BUCKET)
         patch.setattr(policy, "DistributedDataParallelConfig", small)
-        return policy.Policy(facts, layout, actor, model_folder=folder, temperature=1.0)
+        return policy.Policy(facts, layout, PolicySettings(actor), folder)
 
 
 def train_and_read(policy, root: Path) -> list:
@@ -47,7 +48,7 @@ def train_and_read(policy, root: Path) -> list:
     from remax_megatron.policy.training_state import TrainingState
 
     rows = recorded_rows()
-    saver = Saver(root, TrainingState(policy), policy.layout, {}, keep=9, in_background=False, say=print)
+    saver = Saver(root, TrainingState(policy), policy.layout, {}, keep=9, in_background=False)
     found: list = []
     for step, first in enumerate(("the stream", "a forward pass", "a checkpoint"), start=1):
         update = take_update(policy, rows)

@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
+from remax_megatron.model_facts import ModelFacts
 
 if TYPE_CHECKING:
     from tests.stand_ins.fake_cuda.rank import Rank

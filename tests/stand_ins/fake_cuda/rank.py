@@ -1,7 +1,7 @@
 """One rank of the trainer on the fake device: the run's own parts, with an engine, rewards and weights that are stubs.
 
-`play(job)` builds what `remax_megatron.run` builds, lets `job.act(rank)` use it, and reports what the device would have
-had to do.
+`play(job)` builds what `remax_megatron.build` builds, lets `job.act(rank)` use it, and reports what the device would
+have had to do.
 The weights are tensors of the right shapes; the engine agrees with everything; all replicas answer alike.
 """
 
@@ -21,23 +21,23 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import default_planner
 from torch.utils._python_dispatch import _disable_current_modes
 
-from remax_megatron import run
+from remax_megatron import build
 from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.checkpoint import saver
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset
 from remax_megatron.inputs import Inputs
-from remax_megatron.model import weights
-from remax_megatron.model.hf_folder import expected_shapes
+from remax_megatron.model import live_weights
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import init_distributed
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.policy import offload, training_state
 from remax_megatron.policy.policy import Policy
 from remax_megatron.policy.training_state import TrainingState
-from remax_megatron.rollout import collect, engine
+from remax_megatron.rollout import collect
 from remax_megatron.trainer import Trainer
 from remax_megatron.types import Completion, Prompt, Rollout, Row
+from remax_megatron.weights.hf_folder import expected_shapes
 from tests.stand_ins.fake_cuda import kernels
 from tests.stand_ins.fake_cuda.device import become_cuda
 from tests.stand_ins.fake_cuda.processes import Job, Report
@@ -100,14 +100,14 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     config = job.config
     device = init_distributed("cuda", 600)
     dist.all_gather_object = functools.partial(_gather, dist.all_gather_object, config)
-    weights.open_weights = lambda folder, facts: _Weights(facts)
+    live_weights.open_weights = lambda folder, facts: _Weights(facts)
     _Engine.lengths = job.lengths
-    engine.Engine = _Engine
-    collect.Collector = _Collector
-    run.RewardPool = lambda *args, **kwargs: None
-    run.check_shared = lambda config: None
-    run.side_files = lambda *args: {}
-    run.model_folder = lambda folder: folder
+    build.Engine = _Engine
+    build.Collector = _Collector
+    build.RewardPool = lambda *args, **kwargs: None
+    build.check_shared = lambda config: None
+    build.side_files = lambda *args: {}
+    build.model_folder = lambda folder: folder
     Policy._step = _in_phase_of_its_own(recorder, Policy._step)
     # Locked through CUDA's runtime, which knows addresses; fake memory has none.
     offload._page_locked_like = lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True)
@@ -122,7 +122,7 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     ]
     inputs = Inputs("fake", None, [], PromptDataset(prompts, len(prompts)), None)
     timer = PhaseTimer(around=(recorder.phase,))
-    return run._build(config, job.facts, inputs, "", None, device, job.rank == 0, timer)
+    return build.build_trainer(build.Start(config, job.facts, inputs, "", None, device, timer))
 
 
 def _in_phase_of_its_own(recorder: Recorder, step: Callable) -> Callable:

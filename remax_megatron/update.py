@@ -3,14 +3,14 @@
     rewards -> advantages (algorithm/estimators) -> a KL in the reward, if any -> mini-batches -> weights of the tokens
     -> rows without a gradient dropped -> old log-probabilities where a ratio can differ from 1 -> updates
 
-Every rank calls with the same rows and comes to the same decisions. What an update must not be made of is guards.py;
-here such updates are counted, reported, and stop the run.
+Every rank calls with the same rows and comes to the same decisions. What an update must not be made of is guards.py.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +25,7 @@ from remax_megatron.algorithm.kl import AdaptiveKl, FixedKl, kl_controller, toke
 from remax_megatron.batching.packed import row_groups
 from remax_megatron.config.schema import Config, skips_zero_advantage
 from remax_megatron.flops import RowGroup
-from remax_megatron.guards import (
-    MISMATCH,
-    NONFINITE,
-    MismatchError,
-    NonFiniteError,
-    keep,
-    mismatch_limit,
-    mismatch_records,
-    nonfinite_records,
-)
+from remax_megatron.guards import Guards, mismatch_limit
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.types import Rollout, Row
 
@@ -42,9 +33,11 @@ if TYPE_CHECKING:
     from remax_megatron.policy.policy import Policy, UpdateResult
     from remax_megatron.policy.reference import Reference
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
-class Learned:
+class LearnResult:
     """The rows of a batch, the optimizer steps that were taken, the rows that were computed for them, once per pass, as
     they were packed, and the metrics of what was left out or added."""
 
@@ -62,10 +55,9 @@ class Learner:
         config: Config,
         policy: Policy,
         reference: Reference | None,
-        say: Callable[[str], None],
         timer: PhaseTimer | None = None,
     ):
-        self.config, self.policy, self.reference, self.say = config, policy, reference, say
+        self.config, self.policy, self.reference = config, policy, reference
         self.timer = timer or PhaseTimer()
         algorithm, control = config.algorithm, config.algorithm.kl_ctrl
         self.estimator = get_estimator(
@@ -80,19 +72,23 @@ class Learner:
         correction, actor = algorithm.rollout_correction, config.actor_rollout_ref.actor
         self._has_ratio = actor.policy_loss == "ppo_clip" or correction.rollout_is is not None
         rollout, dtype = config.actor_rollout_ref.rollout, actor.megatron.dtype
-        self._mismatch_limit = mismatch_limit(rollout.mismatch_threshold, dtype, rollout.dtype or dtype)
-        self._guards_dir = Path(config.trainer.default_local_dir) / "guards"
-        self.nonfinite_in_a_row = 0
+        self.guards = Guards(
+            policy,
+            Path(config.trainer.default_local_dir) / "guards",
+            max_nonfinite=config.trainer.max_nonfinite_updates,
+            mismatch_limit=mismatch_limit(rollout.mismatch_threshold, dtype, rollout.dtype or dtype),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know of the batches before, for JSON."""
-        return {"kl": self.kl.state_dict(), "nonfinite_in_a_row": self.nonfinite_in_a_row}
+        return {"kl": self.kl.state_dict(), **self.guards.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         self.kl.load_state_dict(state["kl"])
-        self.nonfinite_in_a_row = state["nonfinite_in_a_row"]
+        self.guards.load_state_dict(state)
 
-    def learn(self, rollouts: Sequence[Rollout], label: str, step: int = 0) -> Learned:
+    def learn(self, rollouts: Sequence[Rollout], label: str, step: int = 0) -> LearnResult:
         """Take all optimizer steps of one rollout batch, the run's `step`. Collective; `label` begins the lines of the
         log. NonFiniteError or MismatchError, on every rank, when the run has to stop."""
         actor = self.config.actor_rollout_ref.actor
@@ -112,14 +108,13 @@ class Learner:
         updates = self._updates([part for part in parts * actor.ppo_epochs if part], label, step, packed)
         if len(updates) < len(parts) * actor.ppo_epochs:
             left = len(parts) * actor.ppo_epochs - len(updates)
-            self.say(f"{label}: {left} update(s) left out: every advantage in them is 0")
+            log.info("%s: %d update(s) left out: every advantage in them is 0", label, left)
         if self.estimator.name == "reward_softmax":
             rewards = [[sample.reward for sample in rollout.samples] for rollout in rollouts]
             temperature = self.config.algorithm.reward_softmax_temperature
             metrics["advantage/effective_sample_size"] = effective_sample_size(rewards, temperature)
-        metrics["guard/nonfinite_updates"] = sum(update.skipped == NONFINITE for update in updates)
-        metrics["guard/nonfinite_in_a_row"] = self.nonfinite_in_a_row
-        return Learned(rows, updates, packed, metrics | _left_out(rows, trained, updates))
+        metrics |= self.guards.metrics(updates) | _left_out(rows, trained, updates)
+        return LearnResult(rows, updates, packed, metrics)
 
     def _put_kl_in_reward(self, rows: list[Row]) -> dict[str, float]:
         """Change the advantages by the KL of every token, then adapt its coefficient; returns the metrics."""
@@ -163,22 +158,12 @@ class Learner:
                 row.ref_logprobs = logprobs
 
     def _updates(self, parts: Sequence[list[Row]], label: str, step: int, packed: list[RowGroup]) -> list[UpdateResult]:
-        """An optimizer step on each of `parts`; what each computes is added to `packed`."""
+        """Take an optimizer step on each of `parts`; what each computes is added to `packed`."""
         updates: list[UpdateResult] = []
         for number, part in enumerate(parts, start=1):
-            # Until a step is made the weights are those that wrote the answers, and engine and policy must agree.
-            limit = self._mismatch_limit if all(update.skipped for update in updates) else None
-            update = self._update(part, label, limit, packed)
+            update = self._update(part, label, self.guards.mismatch_limit(updates), packed)
             updates.append(update)
-            if update.skipped == MISMATCH:
-                self._stop_for_mismatch(part, update, label, step)
-            if update.skipped == NONFINITE:
-                self.nonfinite_in_a_row += 1
-                self._report_nonfinite(
-                    part, update, f"{label}: update {number} of {len(parts)}", f"{step}-update{number}"
-                )
-            else:
-                self.nonfinite_in_a_row = 0
+            self.guards.check(update, part, label=label, number=number, count=len(parts), step=step)
         return updates
 
     def _update(self, rows: list[Row], label: str, limit: float | None, packed: list[RowGroup]) -> UpdateResult:
@@ -188,45 +173,8 @@ class Learner:
                 packed += row_groups(rows, batch, actor.share_prompts)
                 if actor.use_dynamic_bsz:
                     num_tokens = self.policy.num_computed_tokens(rows, batch)
-                    self.say(f"{label}: Dynamic Batch: {len(batch)} samples ({num_tokens} tokens)")
+                    log.info("%s: Dynamic Batch: %d samples (%d tokens)", label, len(batch), num_tokens)
         return self.policy.update(rows, schedule, self.reference, limit)
-
-    def _report_nonfinite(self, rows: list[Row], update: UpdateResult, which: str, where: str) -> None:
-        """Keep the rows of a skipped update and say it; NonFiniteError when it is one too many. Collective."""
-        found = update.nonfinite_rows
-        logprobs = self.policy.logprobs([rows[i] for i in found] if found else rows)
-        file = self._guards_dir / f"nonfinite-step{where}.jsonl"
-        kept = keep(file, nonfinite_records(rows, found, logprobs), self.policy.layout.rank)
-        limit = self.config.trainer.max_nonfinite_updates
-        blame = f"{len(found)} of {len(rows)} rows have such a loss" if found else "no row's loss is to blame"
-        what = f"loss {update.loss:g}, gradient norm {update.grad_norm:g}; {blame}, {kept}"
-        if self.nonfinite_in_a_row < limit:
-            self.say(
-                f"{which} was skipped, the weights were not changed: {what}. {self.nonfinite_in_a_row} in a row, "
-                f"trainer.max_nonfinite_updates={limit} end the run"
-            )
-            return
-        raise NonFiniteError(
-            f"{which} was skipped, the weights were not changed: {what}. It is number {self.nonfinite_in_a_row} in a "
-            f"row, and trainer.max_nonfinite_updates={limit}. Look for what is not finite in that file: advantages "
-            "come from the reward function; log-probabilities come from the weights, which a lower "
-            "actor_rollout_ref.actor.optim.lr or an actor_rollout_ref.actor.optim.clip_grad of 1.0 may keep sound; "
-            "a higher trainer.max_nonfinite_updates skips more"
-        )
-
-    def _stop_for_mismatch(self, rows: list[Row], update: UpdateResult, label: str, step: int) -> None:
-        """MismatchError with the worst token, after the worst rows are on the disk. Collective."""
-        records = mismatch_records(rows, self.policy.logprobs(rows))
-        kept = keep(self._guards_dir / f"mismatch-step{step}.jsonl", records, self.policy.layout.rank)
-        worst = records[0]["worst"]
-        raise MismatchError(
-            f"{label}: the rollout engine's log-probabilities are not the policy's: they differ by "
-            f"{update.mismatch_mean:.3g} nats on average over {update.num_response_tokens} response tokens, limit "
-            f"{self._mismatch_limit:g} (actor_rollout_ref.rollout.mismatch_threshold); worst in row "
-            f"{records[0]['row']} at response position {worst['position']}, token {worst['token']}: policy "
-            f"{worst['policy']:.6f}, engine {worst['engine']:.6f}; {kept}. No step was made with them. Rounding alone "
-            "is within 1e-3 in float32 and 0.2 in bfloat16: set a higher limit only if yours is known to be larger"
-        )
 
 
 def _left_out(rows: Sequence[Row], trained: Sequence[Row], updates: Sequence[UpdateResult]) -> dict[str, float]:

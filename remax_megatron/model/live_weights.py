@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.megatron_folder import open_weights
-from remax_megatron.model.weight_table import (
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.parallel.layout import Layout
+from remax_megatron.weights.megatron_folder import open_weights
+from remax_megatron.weights.weight_table import (
     EMBEDDING,
     HEAD,
     WeightEntry,
@@ -27,7 +28,6 @@ from remax_megatron.model.weight_table import (
     to_megatron,
     weight_table,
 )
-from remax_megatron.parallel.layout import Layout
 
 
 def table_parameters(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -88,8 +88,14 @@ class WeightStream:
         make_ready: Callable[[], None] = lambda: None,
     ):
         """A pass holds at most twice `bucket_bytes` at a time, with the tensor that its consumer got last, as long as
-        the largest tensor and one rank's share of it are no more; `make_ready` is called before the weights are read,
-        on every rank."""
+        the largest tensor and one rank's share of it are no more.
+
+        chunks        this rank's chunks of the model, cut as `layout` says
+        facts         sizes of the whole model
+        dtype         of the tensors
+        bucket_bytes  whole tensors that are gathered at once
+        make_ready    is called before the weights are read, on every rank
+        """
         self._parameters = [table_parameters(chunk) for chunk in chunks]
         self._facts, self._layout, self._dtype, self._make_ready = facts, layout, dtype, make_ready
         self._buckets = self._plan(bucket_bytes)

@@ -1,0 +1,49 @@
+"""What the policy and its reference are told beside their model and layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from remax_megatron.algorithm.losses import Clip
+from remax_megatron.algorithm.objective import Objective
+from remax_megatron.config.schema import Actor, Config, RolloutCorrection, recompute_of
+from remax_megatron.types import NO_RECOMPUTE, Recompute
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The actor's settings, the temperature of the rollouts, which the policy's logits are divided by, what the
+    backward pass computes again, and how the mismatch with the engine is corrected."""
+
+    actor: Actor
+    temperature: float = 1.0
+    recompute: Recompute = NO_RECOMPUTE
+    correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+
+    @classmethod
+    def of(cls, config: Config) -> PolicySettings:
+        """Take the policy's part out of all settings."""
+        return cls(
+            config.actor_rollout_ref.actor,
+            config.actor_rollout_ref.rollout.temperature,
+            recompute_of(config),
+            config.algorithm.rollout_correction,
+        )
+
+    def objective(self) -> Objective:
+        """The loss that these settings describe."""
+        actor = self.actor
+        low, high = actor.clip_ratio_low, actor.clip_ratio_high
+        return Objective(
+            policy_loss=actor.policy_loss,
+            clip=Clip(
+                low=actor.clip_ratio if low is None else low,
+                high=actor.clip_ratio if high is None else high,
+                dual=actor.clip_ratio_c,
+            ),
+            entropy_coeff=actor.entropy_coeff,
+            kl_kind=actor.kl_loss_type if actor.use_kl_loss else None,
+            kl_coef=actor.kl_loss_coef,
+            importance_level=self.correction.rollout_is,
+            importance_threshold=self.correction.rollout_is_threshold,
+        )
