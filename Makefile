@@ -22,7 +22,9 @@ CPU_STACK := $(VENV)/.installed
 GPU_STACK := $(VENV)/.installed-gpu
 STAMP := $(or $(wildcard $(GPU_STACK)),$(CPU_STACK))
 TEST_STACK := .venv-gpu/.installed
-PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq $(if $(EXTRA_INDEX),--extra-index-url "$(EXTRA_INDEX)")
+TE_LAYERS := .te/.installed
+PIP_OPTIONS = --disable-pip-version-check --no-compile -qq $(if $(EXTRA_INDEX),--extra-index-url "$(EXTRA_INDEX)")
+PIP_INSTALL = $(BIN)/python -m pip install $(PIP_OPTIONS)
 INSTALL_GPU = PYTHON="$(PYTHON_GPU)" EXTRA_INDEX="$(EXTRA_INDEX)" TE="$(TE)" requirements/install_gpu.sh
 TORCH := torch==2.13.0+cpu
 
@@ -32,7 +34,7 @@ export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help gpu-counts test-te install install-gpu demo doctor test test-gpu test-gpu-stack lint clean
+.PHONY: help gpu-counts test-te test-fake-gpu install install-gpu demo doctor test test-gpu test-gpu-stack lint clean
 
 help:
 	@echo "make install          make .venv and install the CPU stack (pinned; 3 GB on disk)"
@@ -42,6 +44,7 @@ help:
 	@echo "make test-te          Transformer Engine's layers on a CPU, by a stand-in for its compiled half"
 	@echo "make test             install, then lint, check types, run all tests that need no GPU"
 	@echo "make test-gpu-stack   the same tests on the packages of the GPU stack, on CPUs, less those of vLLM's CPU engine"
+	@echo "make test-fake-gpu    the trainer on fake CUDA tensors: whole worlds of ranks, growth, counts; on CPUs, 2 minutes"
 	@echo "make test-gpu         the tests that need a GPU, on the installed GPU stack"
 	@echo "make gpu-counts       host syncs, kernels, peak memory of a step, counted: ARGS=\"--preset NAME --layers KIND\""
 	@echo "make lint             ruff and mypy alone"
@@ -115,15 +118,23 @@ clean:
 	rm -rf $(VENV) .venv-gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	find remax_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# What a GPU would have to do in a training step, counted without one; on the environment of test-gpu-stack.
-gpu-counts:
-	@[ -x .venv-gpu/bin/python ] || { echo "error: no .venv-gpu; make test-gpu-stack makes it" >&2; exit 2; }
-	@[ -d .te/transformer_engine ] || .venv-gpu/bin/python -m pip install -q --no-deps --target .te "$(TE_WHEEL)"
-	@.venv-gpu/bin/python -m benchmarks.gpu_counts $(ARGS)
-
-# Transformer Engine's own Python layers on a CPU, its compiled half replaced by tests/stand_ins/te_cpu. The wheel stays out
-# of the environment: there `import megatron.core` would fail on it.
+# Transformer Engine's own Python layers, for the stand-ins of its compiled half. The wheel stays out of the environments:
+# there `import megatron.core` would fail on it. One of the two has been made before this rule is asked for.
 TE_WHEEL = $(shell grep '^transformer-engine==' requirements/gpu.txt)
-test-te: $(STAMP)
-	@[ -d .te/transformer_engine ] || $(PIP_INSTALL) --no-deps --target .te "$(TE_WHEEL)"
+$(TE_LAYERS): requirements/gpu.txt
+	@rm -rf $(@D)
+	@python=$(BIN)/python; [ -x $$python ] || python=.venv-gpu/bin/python; \
+	  $$python -m pip install $(PIP_OPTIONS) --no-deps --target $(@D) "$(TE_WHEEL)"
+	@touch $@
+
+# On a CPU, with tests/stand_ins/te_cpu in the place of the compiled half.
+test-te: $(STAMP) $(TE_LAYERS)
 	$(BIN)/python -m pytest tests/te $(PYTEST_ARGS)
+
+# What a GPU would have to do in a training step, counted without one; on the environment of test-gpu-stack.
+gpu-counts: $(TEST_STACK) $(TE_LAYERS)
+	@$(<D)/bin/python -m benchmarks.gpu_counts $(ARGS)
+
+# Two ranks at a time, each in a process of its own: no further workers beside them.
+test-fake-gpu: $(TEST_STACK) $(TE_LAYERS)
+	$(<D)/bin/python -m pytest -n 0 tests/fake_cuda $(PYTEST_ARGS)
