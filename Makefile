@@ -23,8 +23,7 @@ GPU_STACK := $(VENV)/.installed-gpu
 STAMP := $(or $(wildcard $(GPU_STACK)),$(CPU_STACK))
 TEST_STACK := .venv-gpu/.installed
 TE_LAYERS := .te/.installed
-PIP_OPTIONS = --disable-pip-version-check --no-compile -qq $(if $(EXTRA_INDEX),--extra-index-url "$(EXTRA_INDEX)")
-PIP_INSTALL = $(BIN)/python -m pip install $(PIP_OPTIONS)
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq $(if $(EXTRA_INDEX),--extra-index-url "$(EXTRA_INDEX)")
 INSTALL_GPU = PYTHON="$(PYTHON_GPU)" EXTRA_INDEX="$(EXTRA_INDEX)" TE="$(TE)" requirements/install_gpu.sh
 TORCH := torch==2.13.0+cpu
 
@@ -34,17 +33,18 @@ export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help gpu-counts test-te test-fake-gpu install install-gpu demo doctor test test-gpu test-gpu-stack lint clean
+.PHONY: help install install-gpu demo doctor lint clean gpu-counts test test-fast test-te test-fake-gpu test-gpu-stack test-gpu
 
 help:
 	@echo "make install          make .venv and install the CPU stack (pinned; 3 GB on disk)"
 	@echo "make install-gpu      make .venv and install the GPU stack (pinned; Python 3.12, CUDA 13; 10 GB on disk)"
 	@echo "make demo             install, then train the embedded model with ReMax on 2 ranks: runs/demo"
 	@echo "make doctor           whether a run can start on this machine: ARGS=\"--config-name NAME [key=value ...]\""
+	@echo "make test             install, then lint, check types, run all tests that need no GPU (20 minutes on 2 cores)"
+	@echo "make test-fast        the tests that start no ranks and no runs (3 minutes)"
 	@echo "make test-te          Transformer Engine's layers on a CPU, by a stand-in for its compiled half"
-	@echo "make test             install, then lint, check types, run all tests that need no GPU"
+	@echo "make test-fake-gpu    the trainer on fake CUDA tensors: all ranks of a world, syncs, kernels, memory (Python 3.12)"
 	@echo "make test-gpu-stack   the same tests on the packages of the GPU stack, on CPUs, less those of vLLM's CPU engine"
-	@echo "make test-fake-gpu    the trainer on fake CUDA tensors: whole worlds of ranks, growth, counts; on CPUs, 2 minutes"
 	@echo "make test-gpu         the tests that need a GPU, on the installed GPU stack"
 	@echo "make gpu-counts       host syncs, kernels, peak memory of a step, counted: ARGS=\"--preset NAME --layers KIND\""
 	@echo "make lint             ruff and mypy alone"
@@ -102,39 +102,43 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Tests get a temporary folder that goes with them: not all that they start, and kill, cleans up.
+IN_TEMPORARY = @folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && TMPDIR=$$folder
+
+
 # Two files at a time: much of the time is start-up on one core, and waiting. On a busy machine: PYTEST_ARGS="-n 0".
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
+
+test-fast: $(STAMP)
+	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not ranks and not e2e and not slow" $(PYTEST_ARGS)
+
+# Transformer Engine's own Python layers, its compiled half replaced by tests/stand_ins/te_cpu. The wheel stays out of the
+# environments: there `import megatron.core` would fail on it.
+$(TE_LAYERS): requirements/gpu.txt
+	@rm -rf $(@D)
+	@$(firstword $(wildcard $(BIN)/python .venv-gpu/bin/python)) -m pip install --disable-pip-version-check -qq --no-deps \
+	  --target $(@D) "$(shell grep -o '^transformer-engine==[^ ]*' requirements/gpu.txt)"
+	@touch $@
+
+test-te: $(STAMP) $(TE_LAYERS)
+	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile tests/te $(PYTEST_ARGS)
+
+test-fake-gpu: $(TEST_STACK) $(TE_LAYERS)
+	$(IN_TEMPORARY) $(<D)/bin/python -m pytest tests/fake_cuda $(PYTEST_ARGS)
+
+# What a GPU would have to do in a training step, counted without one.
+gpu-counts: $(TEST_STACK) $(TE_LAYERS)
+	@$(<D)/bin/python -m benchmarks.gpu_counts $(ARGS)
 
 # tests/vllm_cuda runs vLLM's GPU worker on a stand-in for the device, and so in a process of its own.
 test-gpu-stack: $(TEST_STACK)
-	$(<D)/bin/python -m pytest -n 2 --dist loadfile -m "not vllm_cpu and not gpu" $(PYTEST_ARGS)
-	$(<D)/bin/python -m pytest tests/vllm_cuda
+	$(IN_TEMPORARY) $(<D)/bin/python -m pytest -n 2 --dist loadfile -m "not vllm_cpu and not gpu" $(PYTEST_ARGS)
+	$(IN_TEMPORARY) $(<D)/bin/python -m pytest tests/vllm_cuda
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) .venv-gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) .venv-gpu .te .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
 	find remax_megatron tests -name __pycache__ -type d -prune -exec rm -rf {} +
-
-# Transformer Engine's own Python layers, for the stand-ins of its compiled half. The wheel stays out of the environments:
-# there `import megatron.core` would fail on it. One of the two has been made before this rule is asked for.
-TE_WHEEL = $(shell grep '^transformer-engine==' requirements/gpu.txt)
-$(TE_LAYERS): requirements/gpu.txt
-	@rm -rf $(@D)
-	@python=$(BIN)/python; [ -x $$python ] || python=.venv-gpu/bin/python; \
-	  $$python -m pip install $(PIP_OPTIONS) --no-deps --target $(@D) "$(TE_WHEEL)"
-	@touch $@
-
-# On a CPU, with tests/stand_ins/te_cpu in the place of the compiled half.
-test-te: $(STAMP) $(TE_LAYERS)
-	$(BIN)/python -m pytest tests/te $(PYTEST_ARGS)
-
-# What a GPU would have to do in a training step, counted without one; on the environment of test-gpu-stack.
-gpu-counts: $(TEST_STACK) $(TE_LAYERS)
-	@$(<D)/bin/python -m benchmarks.gpu_counts $(ARGS)
-
-# Two ranks at a time, each in a process of its own: no further workers beside them.
-test-fake-gpu: $(TEST_STACK) $(TE_LAYERS)
-	$(<D)/bin/python -m pytest -n 0 tests/fake_cuda $(PYTEST_ARGS)

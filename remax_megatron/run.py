@@ -19,8 +19,7 @@ import torch.distributed as dist
 from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.checkpoint.state import RunState
 from remax_megatron.config.cli import reported_errors
-from remax_megatron.config.rules import as_list
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.schema import Config, ConfigError, as_list
 from remax_megatron.console import set_up_logging
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, total_steps

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
@@ -19,10 +20,32 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs of the trainer generate with vLLM's CPU engine."""
+    """Mark what follows from what a test calls: ranks of its own; whole runs, which need vLLM's CPU engine."""
     for item in items:
         if "torchrun" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.vllm_cpu)
+            item.add_marker(pytest.mark.e2e)
+        elif isinstance(item, pytest.Function) and _starts_ranks(item):
+            item.add_marker(pytest.mark.ranks)
+
+
+def _starts_ranks(item: pytest.Function) -> bool:
+    """Whether the test, a fixture of it, or a function of the tests that they name calls `run_ranks`."""
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    left = [item.function, *(definition.func for definitions in fixtures for definition in definitions)]
+    seen = set()
+    while left:
+        function = left.pop()
+        if function in seen:
+            continue
+        seen.add(function)
+        for name in function.__code__.co_names:
+            if name == "run_ranks":
+                return True
+            named = function.__globals__.get(name)
+            if isinstance(named, FunctionType) and named.__module__.startswith("tests."):
+                left.append(named)
+    return False
 
 
 @pytest.fixture(scope="session")
