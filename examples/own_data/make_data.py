@@ -14,7 +14,22 @@ from pathlib import Path
 from typing import Any
 
 NUM_TRAIN, NUM_VAL = 1280, 128
-NAMES = "Anna Ben Clara David Emma Felix Grace Henry Ida Jonas Lena Max Nora Tom".split()
+NAMES = [
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jonas",
+    "Lena",
+    "Max",
+    "Nora",
+    "Tom",
+]
 
 
 def row(name: str, first: int, second: int, index: int) -> dict[str, Any]:
