@@ -38,8 +38,8 @@ import torch
 from common import ROOT, Usage, finish, machine, measured
 from random_model import SHAPES, config_of, make_folder
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.verify import read_tensors
+from remax_megatron.model_facts import ModelFacts
 
 PROJECTED = ("14b", "32b")
 PEERS = ("mbridge", "megatron-bridge")
@@ -151,7 +151,7 @@ def projection(ours: dict, num_bytes: int, say: Callable[[str], None]) -> dict[s
 
     Memory does not grow with the model: bytes go through in blocks of 1 MiB.
     """
-    from remax_megatron.model.weight_table import weight_table
+    from remax_megatron.weights.weight_table import weight_table
 
     rates = {name: num_bytes / ours[f"{name}_s"] for name in ("there", "back")}
     projected = {}

@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.rules import MEGATRON, validate
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.rules import validate
+from remax_megatron.config.schema import MEGATRON, Config, ConfigError
 from remax_megatron.doctor.fitting import with_setting
+from remax_megatron.model_facts import ModelFacts
 from tests.stand_ins.fake_cuda.models import FACTS, facts_of
 from tests.stand_ins.fake_cuda.processes import Job, Report, play_each
 
@@ -56,6 +56,23 @@ def count(
     phases: Sequence[str] = PHASES,
 ) -> list[Counts]:
     """Counts of one rank of every pipeline stage, the first of its tensor- and data-parallel group."""
+    jobs = stage_jobs(config, facts, row=row, num_microbatches=num_microbatches, phases=phases)
+    with_te = config.actor_rollout_ref.actor.megatron.layers == "transformer_engine"
+    return [
+        Counts.of(job, report)
+        for job, report in zip(jobs, play_each(jobs, transformer_engine=with_te, timeout_s=900), strict=True)
+    ]
+
+
+def stage_jobs(
+    config: Config,
+    facts: ModelFacts,
+    *,
+    row: tuple[int, int] | None = None,
+    num_microbatches: int | None = None,
+    phases: Sequence[str] = PHASES,
+) -> list[Job]:
+    """What `count` plays."""
     megatron = config.actor_rollout_ref.actor.megatron
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     world_size = config.trainer.n_gpus_per_node * config.trainer.nnodes
@@ -63,11 +80,7 @@ def count(
     rows, lengths = full_rows(config, row)
     batches = num_microbatches or (2 if pp == 1 else 2 * pp)
     act = Steps(rows * batches * dp, batches, tuple(phases))
-    stages = [tp * dp * stage for stage in range(pp)]
-    jobs = [Job(config, facts, rank, world_size, act, (lengths,)) for rank in stages]
-    with_te = megatron.layers == "transformer_engine"
-    reports = play_each(jobs, transformer_engine=with_te, timeout_s=900)
-    return [Counts(report, batches, facts.num_layers // pp) for report in reports]
+    return [Job(config, facts, tp * dp * stage, world_size, act, (lengths,)) for stage in range(pp)]
 
 
 def full_rows(config: Config, row: tuple[int, int] | None = None) -> tuple[int, tuple[int, int]]:
@@ -116,6 +129,13 @@ class Counts:
     report: Report
     num_microbatches: int
     num_layers: int
+
+    @classmethod
+    def of(cls, job: Job, report: Report) -> Counts:
+        """Those of a job of `stage_jobs`."""
+        assert isinstance(job.act, Steps)
+        stages = job.config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
+        return cls(report, job.act.num_microbatches, job.facts.num_layers // stages)
 
     def syncs(self) -> tuple[Counter, Counter]:
         """Host syncs of an update by line: (those of a micro-batch, all others of the step)."""

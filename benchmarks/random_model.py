@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.hf_folder import INDEX, HfLayout, expected_shapes
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.hf_folder import INDEX, HfLayout, expected_shapes
 
 Shape = tuple[int, int, int, int, int, int, bool]  # layers, hidden, ffn, heads, KV heads, vocabulary, tied
 SHAPES: dict[str, Shape] = {

@@ -28,8 +28,8 @@ from common import finish, machine
 from random_model import config_of, make_folder
 
 from remax_megatron.algorithm.aggregation import weigh_rows
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Actor
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import init_distributed, init_model_parallel
 from remax_megatron.types import Row
 

@@ -13,14 +13,12 @@ from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.checkpoint.state import RunState, restore, restore_optimizer
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config, needs_reference, recompute_of
 from remax_megatron.flops import UpdateFlops, peak_bf16_tflops
 from remax_megatron.inputs import Inputs
 from remax_megatron.memory_probe import memory_probe
 from remax_megatron.metrics import MetricsWriter
-from remax_megatron.model.hf_folder import side_files
-from remax_megatron.model.megatron_folder import model_folder
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout, init_model_parallel
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.policy.policy import Policy
@@ -34,6 +32,8 @@ from remax_megatron.rollout.engine import Engine
 from remax_megatron.run_folder import check_shared, checkpoints_folder, start_run_folder
 from remax_megatron.trainer import Trainer
 from remax_megatron.update import Learner
+from remax_megatron.weights.hf_folder import side_files
+from remax_megatron.weights.megatron_folder import model_folder
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import os
 
-from remax_megatron.config.rules import expects_cpu
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.schema import Config, ConfigError, expects_cpu
 
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",  # what libraries say at every start about parts that this stack leaves out

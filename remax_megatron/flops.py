@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Recompute
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.types import Recompute
 
 # Dense bfloat16 TFLOP/s of one device, without sparsity, from NVIDIA's data sheets. The first entry whose words are all
 # in the name that torch.cuda.get_device_name gives ("NVIDIA H100 80GB HBM3" is the SXM card) is the device's.
@@ -94,6 +94,7 @@ class ForwardFlops:
         )
 
     def layers(self, groups: Sequence[RowGroup]) -> int:
+        """Count the operations of all layers."""
         tokens, squares = sum(group.tokens for group in groups), sum(group.squares for group in groups)
         return self.num_layers * ((self.projections + self.mlp) * tokens + self.attention * squares)
 

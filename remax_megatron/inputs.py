@@ -16,12 +16,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
 from remax_megatron.data.dataset import PromptDataset, load_prompts
-from remax_megatron.model.megatron_folder import open_weights
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rewards.sandbox import available_protections
 from remax_megatron.rewards.scoring import check_data_sources, load_scorer
+from remax_megatron.weights.megatron_folder import open_weights
 
 
 @dataclass

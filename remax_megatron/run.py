@@ -19,13 +19,12 @@ import torch.distributed as dist
 from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.checkpoint.state import RunState
 from remax_megatron.config.cli import reported_errors
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.rules import as_list
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.console import set_up_logging
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, total_steps
-from remax_megatron.model.hf_folder import write_hf_folder
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import explained, record_history
 from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
@@ -34,6 +33,8 @@ from remax_megatron.parallel.layout import init_distributed
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.profiling import StepProfiler, cuda_event, named_range
 from remax_megatron.run_folder import checkpoints_folder, lock_run_folder
+from remax_megatron.temporary import own_temporary_folder
+from remax_megatron.weights.hf_folder import write_hf_folder
 
 if TYPE_CHECKING:
     from remax_megatron.trainer import Trainer
@@ -45,27 +46,44 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
     """Train as `config` says. Every rank of the launcher calls; returns when the policy is exported."""
     is_first = os.environ.get("RANK", "0") == "0"
     set_up_logging(is_first=is_first, with_information="console" in config.trainer.logger)
-    with reported_errors():
-        inputs = prepare_inputs(config, facts)
-    for note in notes if is_first else ():
-        print("note:", note, flush=True)
-    device = _join_ranks(config)
-    timer = _timer(config, device)
     with ExitStack() as clean_up:
+        clean_up.enter_context(own_temporary_folder())
+        with reported_errors():
+            inputs = prepare_inputs(config, facts)
+        for note in notes if is_first else ():
+            print("note:", note, flush=True)
+        device = _join_ranks(config)
         clean_up.callback(cpu_platform.remove_own_shared_memory)
+        timer = _timer(config, device)
         with ends_all_ranks(clean_up.close), explained(config, facts, device, lambda: timer.failed_in):
-            watchdog.start(config.trainer.watchdog_timeout_s, clean_up.close)
-            digest = check_ranks_agree(config, inputs)
-            lock_run_folder(config)
-            checkpoint = _checkpoint(config, inputs, digest)
-            from remax_megatron.build import Start, build_trainer  # Megatron needs what init_distributed has prepared
-
-            trainer = build_trainer(Start(config, facts, inputs, digest, checkpoint, device, timer))
-            if trainer.collector.pool is not None:
-                clean_up.callback(trainer.collector.pool.close)
-            _train(trainer, inputs.model_folder)
+            last_word = _run(config, facts, inputs, device, timer, clean_up)
             clean_up.close()
-            _leave()
+            _leave(last_word)
+
+
+def _run(
+    config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, timer: PhaseTimer, clean_up: ExitStack
+) -> str | None:
+    """Resume or start, train and export; returns a last word for people.
+
+    `inputs` and `facts` are those of `config`, `device` is this rank's, `timer` times the phases, and `clean_up` is
+    closed however the run ends. Collective.
+    """
+    watchdog.start(config.trainer.watchdog_timeout_s, clean_up.close)
+    digest = check_ranks_agree(config, inputs)
+    lock_run_folder(config)
+    checkpoint = find_checkpoint(config, checkpoints_folder(config))
+    if checkpoint is not None:
+        check_same_run(checkpoint[1], config, digest)
+        if _is_complete(config, inputs, checkpoint[1]):
+            return f"The run is complete: {checkpoint[1].step} steps. A larger trainer.total_epochs continues it."
+    from remax_megatron.build import Start, build_trainer  # Megatron needs what init_distributed has prepared
+
+    trainer = build_trainer(Start(config, facts, inputs, digest, checkpoint, device, timer))
+    if trainer.collector.pool is not None:
+        clean_up.callback(trainer.collector.pool.close)
+    _train(trainer, inputs.model_folder)
+    return None
 
 
 def _join_ranks(config: Config) -> torch.device:
@@ -77,17 +95,10 @@ def _join_ranks(config: Config) -> torch.device:
     return device
 
 
-def _checkpoint(config: Config, inputs: Inputs, prompts_digest: str) -> tuple[Path, RunState] | None:
-    """The checkpoint to resume from, None for a new run. Collective; a run that is complete ends here."""
-    checkpoint = find_checkpoint(config, checkpoints_folder(config))
-    if checkpoint is None:
-        return None
-    state = checkpoint[1]
-    check_same_run(state, config, prompts_digest)
-    steps = total_steps(config, len(inputs.train_prompts))
-    if config.trainer.resume_mode == "auto" and state.step >= steps and _is_exported(config):
-        _leave(f"The run is complete: {steps} steps. A larger trainer.total_epochs continues it.")
-    return checkpoint
+def _is_complete(config: Config, inputs: Inputs, state: RunState) -> bool:
+    """Whether nothing is left to do after `state`. Collective."""
+    all_steps = state.step >= total_steps(config, len(inputs.train_prompts))
+    return config.trainer.resume_mode == "auto" and all_steps and _is_exported(config)
 
 
 def _train(trainer: Trainer, model_folder: str) -> None:

@@ -9,14 +9,13 @@ lock                                        held by the run that works in the fo
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
+from filelock import BaseFileLock, FileLock, Timeout
 
 from remax_megatron.atomic import replacing
 from remax_megatron.checkpoint.folders import iteration_folder, saved_steps, write_tracker
@@ -27,7 +26,7 @@ from remax_megatron.parallel.first_rank import from_first_rank
 
 RECORDS = ("metrics.jsonl", "config.yaml", "curves.png", "hf", "guards", "tensorboard", "wandb-id")
 LOCKED_AFTER_S = 30.0  # what a run that was killed may take to be gone
-_lock: IO[str] | None = None  # held as long as the process lives
+_lock: BaseFileLock | None = None  # held as long as the process lives
 LISTED_WITHIN_S = 30.0
 
 
@@ -49,23 +48,19 @@ def _lock_folder(folder: Path) -> None:
     global _lock
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _lock = open(folder / "lock", "w")  # noqa: SIM115
+        (folder / "lock").touch()
     except OSError as error:
         raise _not_writable(folder, error) from error
-    deadline = time.monotonic() + LOCKED_AFTER_S
-    while True:
-        try:
-            fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"trainer.default_local_dir={folder} is in use by another run; wait for its end, or set it to "
-                    "another folder"
-                ) from None
-            time.sleep(0.5)
-        except OSError:  # no locks on this file system
-            return
+    _lock = FileLock(folder / "lock")
+    try:
+        _lock.acquire(timeout=LOCKED_AFTER_S, poll_interval=0.5)
+    except Timeout:
+        raise ConfigError(
+            f"trainer.default_local_dir={folder} is in use by another run; wait for its end, or set it to another "
+            "folder"
+        ) from None
+    except (OSError, NotImplementedError):  # no locks on this file system
+        _lock = None
 
 
 def _not_writable(folder: Path, error: OSError) -> ConfigError:

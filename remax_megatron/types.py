@@ -86,3 +86,17 @@ class Row:
     def num_tokens(self) -> int:
         """Count the tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which activations the backward pass computes again. `granularity` is none, selective or full; `method` and
+    `num_layers` go with full, `modules` with selective."""
+
+    granularity: str = "none"
+    method: str = "uniform"
+    num_layers: int = 1
+    modules: tuple[str, ...] = ("mlp",)
+
+
+NO_RECOMPUTE = Recompute()

@@ -36,8 +36,8 @@ def build(folder: str, device, *, tp=1, pp=1, bucket_bytes=2**20, **engine_optio
 
 
 def build_policy(folder: str, device, *, tp=1, pp=1):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings
@@ -53,8 +53,8 @@ def build_policy(folder: str, device, *, tp=1, pp=1):
 
 def build_engine(folder: str, device, *, vllm_tp=1, dtype="float32", max_response_length=24, **rollout_settings):
     """(the engine, PROMPTS prompts of 40 tokens). Collective."""
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import RolloutConfig, ValKwargs
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.rollout.engine import Engine
     from remax_megatron.types import Prompt
 

@@ -26,9 +26,9 @@ from remax_megatron.checkpoint.resume import _begun_from, check_same_run
 from remax_megatron.checkpoint.state import CheckpointError, RunState, read_state
 from remax_megatron.config.load import load_config
 from remax_megatron.errors import UserError
-from remax_megatron.model.mapped import MappedFiles
-from remax_megatron.model.torch_dist import TorchDist
 from remax_megatron.types import Row
+from remax_megatron.weights.mapped import MappedFiles
+from remax_megatron.weights.torch_dist import TorchDist
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
@@ -72,8 +72,8 @@ def train(payload, device, layers: str = LAYERS) -> list[tuple[float, float]]:
     """Load `start` (a model, or a checkpoint with its number of updates), update, save to `root`; losses and norms."""
     from remax_megatron.algorithm.aggregation import weigh_rows
     from remax_megatron.checkpoint.saver import Saver
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings
@@ -171,8 +171,8 @@ def megatron_worker(payload) -> float:
     """Load a checkpoint with Megatron's own `dist_checkpointing.load`; the largest difference to ours."""
     from megatron.core import dist_checkpointing
 
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings
@@ -226,7 +226,7 @@ def forge(checkpoint: Path, name: str) -> None:
         evil = pickle.dumps(Payload(), protocol=2)
         data[at : at + len(evil)] = evil
         (checkpoint / name).write_bytes(data)
-    records = {path.name: file_record(path) for path in checkpoint.iterdir() if path.name != "manifest.json"}
+    records = {path.name: file_record(path) for path in checkpoint.iterdir() if path.name != "file_manifest.json"}
     write_manifest(checkpoint, records)
 
 
@@ -255,7 +255,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_and_the_file_named(checkpoint, damage):
-    names = {path.name for path in checkpoint.iterdir()} - {"manifest.json"}
+    names = {path.name for path in checkpoint.iterdir()} - {"file_manifest.json"}
     assert {"__0_0.distcp", ".metadata", "metadata.json", "state.json"} <= names  # common.pt: up to megatron-core 0.18
     for name in sorted(names):
         content = (checkpoint / name).read_bytes()
@@ -278,11 +278,19 @@ def test_strangers_are_refused(checkpoint, model, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint of a run"):
         read_state(Path(model))
     (checkpoint / "extra.distcp").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"extra\.distcp is not in manifest"):
+    with pytest.raises(CheckpointError, match=r"extra\.distcp is not in file_manifest"):
         check_files(checkpoint)
     (checkpoint / "extra.distcp").unlink()
-    (checkpoint / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+    (checkpoint / "file_manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"file_manifest\.json is missing"):
+        check_files(checkpoint)
+
+
+def test_a_checkpoint_of_version_0_1_0_is_still_checked(checkpoint):
+    (checkpoint / "file_manifest.json").rename(checkpoint / "manifest.json")
+    check_files(checkpoint)
+    flip_a_bit(checkpoint / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is not what manifest\.json says"):
         check_files(checkpoint)
 
 
@@ -300,8 +308,8 @@ def small_disk(tmp_path):
 def filling_worker(payload) -> list[str]:
     """Save, fill the disk, save again: before the files are begun, and while they are written. What is said."""
     from remax_megatron.checkpoint import saver as module
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings

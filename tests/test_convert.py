@@ -30,15 +30,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert import copying, hf_to_megatron, logits, megatron_to_hf, roundtrip, verify
-from remax_megatron.convert.torch_dist_writer import item_wrapper, object_item
 from remax_megatron.errors import UserError
-from remax_megatron.model.hf_folder import INDEX, HfWeights, SafetensorsFile, expected_shapes
-from remax_megatron.model.mapped import Extent, MappedFiles, blocks
-from remax_megatron.model.megatron_folder import MegatronWeights
-from remax_megatron.model.torch_dist import TorchDist, saved_key
-from remax_megatron.model.weight_table import to_megatron, weight_table
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.hf_folder import INDEX, HfWeights, SafetensorsFile, expected_shapes
+from remax_megatron.weights.mapped import Extent, MappedFiles, blocks
+from remax_megatron.weights.megatron_folder import MegatronWeights
+from remax_megatron.weights.torch_dist import TorchDist, saved_key
+from remax_megatron.weights.torch_dist_writer import item_wrapper, object_item
+from remax_megatron.weights.weight_table import to_megatron, weight_table
 from tests.conftest import ROOT
 from tests.small_models import make_qwen2
 
@@ -161,9 +161,9 @@ def there_and_back(hf: Path, work: Path) -> Path:
 
 
 def check_same_files(source: Path, returned: Path) -> None:
-    """All of `source` has come back byte for byte; manifest.json is all that is new."""
+    """All of `source` has come back byte for byte; tensor_manifest.json is all that is new."""
     before, after = contents(source), contents(returned)
-    assert after.pop("manifest.json")
+    assert after.pop("tensor_manifest.json")
     assert after == before
 
 
@@ -524,7 +524,7 @@ def test_small_files_of_the_checkpoint(tmp_path: Path) -> None:
     names = {"latest_checkpointed_iteration.txt", "config.json", "iter_0000000"}
     assert {path.name for path in megatron.iterdir()} == names | SIDE_FILES.keys()
     assert all((megatron / name).read_bytes() == data for name, data in SIDE_FILES.items())
-    inside = {"__0_0.distcp", ".metadata", "metadata.json", "common.pt", "manifest.json"}
+    inside = {"__0_0.distcp", ".metadata", "metadata.json", "common.pt", "tensor_manifest.json"}
     assert {path.name for path in folder.iterdir()} == inside
 
 
@@ -604,7 +604,7 @@ def test_a_file_that_shrank_is_an_error(kept: int, tmp_path: Path) -> None:
     """Not the death of the process, nor zeros. In a process of its own: what is tested against kills it."""
     code = (
         "import os, sys\n"
-        "from remax_megatron.model.mapped import Extent, MappedFiles\n"
+        "from remax_megatron.weights.mapped import Extent, MappedFiles\n"
         "path, kept, maps = sys.argv[1], int(sys.argv[2]), MappedFiles()\n"
         "assert bytes(maps.read(Extent(path, 0, 16))) == b'x' * 16\n"
         "os.truncate(path, kept)\n"
@@ -681,7 +681,7 @@ def test_padding_is_not_compared(models: Path, tmp_path: Path) -> None:
 def test_manifest(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = load(models / "source")
     for kind in ("hf", "megatron"):
-        content = json.loads(next((models / kind).rglob("manifest.json")).read_text())
+        content = json.loads(next((models / kind).rglob("tensor_manifest.json")).read_text())
         assert content["digest"] == "xxh3_128"
         assert content["tensors"] == {
             name: {
@@ -693,7 +693,22 @@ def test_manifest(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         }
         assert verified(capsys, models / kind)[0] == 0
     assert verify.main([str(models / "source")]) == 2  # no manifest, no second folder
-    assert "source has no manifest.json" in capsys.readouterr().err
+    assert "source has no tensor_manifest.json" in capsys.readouterr().err
+
+
+def test_manifests_of_version_0_1_0(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both kinds were called manifest.json; that of a run's checkpoint says nothing of tensors."""
+    old = Path(shutil.copytree(models / "hf", tmp_path / "old"))
+    manifest = (old / "tensor_manifest.json").rename(old / "manifest.json")
+    assert verified(capsys, old)[0] == 0
+    content = json.loads(manifest.read_text())
+    content["tensors"]["model.norm.weight"]["digest"] = "0" * 32
+    manifest.write_text(json.dumps(content))
+    code, said = verified(capsys, old)
+    assert code == 1 and "model.norm.weight" in said and "is not what its manifest.json says" in said
+    manifest.write_text(json.dumps({"digest": "xxh3_128", "tensors": {}, "files": {}}))
+    assert verify.main([str(old)]) == 2
+    assert "old has no tensor_manifest.json" in capsys.readouterr().err
 
 
 def test_json(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -921,7 +936,7 @@ def test_resume_does_again_what_was_damaged(models: Path, tmp_path: Path, monkey
     report = megatron_to_hf.convert(models / "megatron", tmp_path / "out", workers=1, resume=True)
     assert set(jobs.written) & set(first) == set(first[2:4]) and len(jobs.written) == 7 + 2
     assert contents(tmp_path / "out") == contents(models / "hf")
-    manifest = json.loads((models / "hf" / "manifest.json").read_text())["tensors"]
+    manifest = json.loads((models / "hf" / "tensor_manifest.json").read_text())["tensors"]
     assert report.digests == {name: entry["digest"] for name, entry in manifest.items()}
     assert report.seconds > 0
 
@@ -996,7 +1011,7 @@ def test_logits_show_a_wrong_weight_table(tmp_path: Path, monkeypatch: pytest.Mo
         mixed = {name: parts[other] for name, other in zip(entry.hf_names, names, strict=True)}
         return to_megatron(entry, mixed, *args)
 
-    monkeypatch.setattr("remax_megatron.model.weight_table.to_megatron", swapped)
+    monkeypatch.setattr("remax_megatron.weights.weight_table.to_megatron", swapped)
     hf_to_megatron.convert(source, tmp_path / "megatron")
     assert verify.compare(source, tmp_path / "megatron").differences == []
     assert logits.max_logit_difference(source, tmp_path / "megatron") > 1e-3

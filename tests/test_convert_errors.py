@@ -26,9 +26,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert import hf_to_megatron, megatron_to_hf, partial_folder, verify
-from remax_megatron.model.hf_folder import expected_shapes, write_hf_folder
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.hf_folder import expected_shapes, write_hf_folder
 from tests.conftest import ROOT
 from tests.small_models import make_qwen2
 from tests.test_hf_folder import INDEX, rewrite, stream
@@ -306,17 +306,17 @@ def saved(tensor: torch.Tensor) -> dict[str, bytes]:
 
 
 def layout(file: str = SINGLE, **norm: object) -> Damage:
-    """Change what manifest.json records of the Hugging Face file: its name, or its head's entry of the final norm."""
+    """Change what the manifest records of the Hugging Face file: its name, or its head's entry of the final norm."""
 
     def change(manifest: dict) -> None:
         head = json.loads(manifest["hf_files"][SINGLE])
         head[NORM] |= norm
         manifest["hf_files"] = {file: json.dumps(head)}
 
-    return lambda folder: change_json(folder / "iter_0000000" / "manifest.json", change)
+    return lambda folder: change_json(folder / "iter_0000000" / "tensor_manifest.json", change)
 
 
-MANIFEST = ["manifest.json", "remove it"]
+MANIFEST = ["tensor_manifest.json", "remove it"]
 MEGATRON_DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "no folder": (shutil.rmtree, ["--megatron", "not a Megatron checkpoint"]),
     "no tracker": (without(TRACKER), ["--megatron", "not a Megatron checkpoint"]),
@@ -345,8 +345,8 @@ MEGATRON_DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "no config": (without("config.json"), ["no config.json", "--hf-template"]),
     "backend: other": (text(BACKEND, '{"sharded_backend": "zarr"}'), ["'zarr'", "torch_dist"]),
     "backend: gone": (without(BACKEND), ["metadata.json"]),
-    "manifest: cut": (lambda folder: shorten(folder, "iter_0000000/manifest.json"), ["damaged", *MANIFEST]),
-    "manifest: list": (text("iter_0000000/manifest.json", "[]"), ["damaged", *MANIFEST]),
+    "manifest: cut": (lambda folder: shorten(folder, "iter_0000000/tensor_manifest.json"), ["damaged", *MANIFEST]),
+    "manifest: list": (text("iter_0000000/tensor_manifest.json", "[]"), ["damaged", *MANIFEST]),
     "manifest: overlap": (layout(data_offsets=[0, 512]), MANIFEST),
     "manifest: before the file": (layout(data_offsets=[-600, -88]), MANIFEST),
     "manifest: outside": (layout("../elsewhere.safetensors"), MANIFEST),
@@ -394,7 +394,7 @@ def test_verify_names_what_differs(hf: Path, checkpoint: Path, refuses: Callable
     capfd.readouterr()
     assert call(verify.main, hf, checkpoint) == call(verify.main, checkpoint) == 1
     assert capfd.readouterr().out.count(NORM) == 3  # not equal to the other folder's; not the manifest's, both times
-    refuses(verify.main, hf, says=["no manifest.json", "second folder"])
+    refuses(verify.main, hf, says=["no tensor_manifest.json", "second folder"])
     refuses(verify.main, hf, hf.with_name("none"), says=["no such folder"])
 
 
@@ -421,7 +421,7 @@ def partial(output: Path) -> Path:
 STOPS_ITSELF = """
 import signal, sys, threading
 from remax_megatron.convert import hf_to_megatron
-from remax_megatron.model.mapped import MappedFiles
+from remax_megatron.weights.mapped import MappedFiles
 
 read, blocks = MappedFiles.read, iter(range(10**9))
 

@@ -19,13 +19,13 @@ import torch
 from remax_megatron.convert.hf_to_megatron import ITERATION_FOLDER
 from remax_megatron.convert.hf_to_megatron import convert as hf_to_megatron
 from remax_megatron.convert.megatron_to_hf import convert as megatron_to_hf
-from remax_megatron.model.hf_folder import INDEX, HfWeights
-from remax_megatron.model.megatron_folder import TRACKER
+from remax_megatron.weights.hf_folder import INDEX, HfWeights
+from remax_megatron.weights.megatron_folder import TRACKER
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
 TOKENS = [5, 91, 3, 210, 17, 1023, 44, 2, 680, 1, 999, 31]
-PRELOAD = ("remax_megatron.model.qwen2", "remax_megatron.model.weights", "megatron.core.dist_checkpointing")
+PRELOAD = ("remax_megatron.model.qwen2", "remax_megatron.model.live_weights", "megatron.core.dist_checkpointing")
 
 # Rows of padding at TP 1, 2, 4, 8 (to a multiple of 128 x TP), and the shape each vocabulary stands for:
 #   1100      52, 180, 436, 948     some everywhere, a different number each time
@@ -104,10 +104,10 @@ def worlds(waves: Sequence[Sequence[tuple[int, int, int, Any]]]) -> Iterator[tup
 
 def build(hf: Path, layout, dtype: torch.dtype) -> torch.nn.Module:
     """This rank's part of the model, every parameter not a number until it is loaded."""
-    from remax_megatron.config.model_facts import ModelFacts
-    from remax_megatron.config.schema import Recompute
     from remax_megatron.model.layers import choose_layers
     from remax_megatron.model.qwen2 import build_chunks, transformer_config
+    from remax_megatron.model_facts import ModelFacts
+    from remax_megatron.types import Recompute
 
     facts, layers = ModelFacts.from_folder(hf), choose_layers(LAYERS, layout.device, dtype)
     config = transformer_config(
@@ -219,8 +219,8 @@ def saving_worker(payload: tuple[dict[str, Model], Path]) -> list[str]:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from remax_megatron.config.model_facts import ModelFacts
-    from remax_megatron.model.weights import load_weights
+    from remax_megatron.model.live_weights import load_weights
+    from remax_megatron.model_facts import ModelFacts
 
     models, folder = payload
     different = []

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.doctor import __main__ as command
 from remax_megatron.doctor import findings, machine, stack
 from remax_megatron.doctor.findings import OK, PROBLEM, WARNING, Finding
+from remax_megatron.model_facts import ModelFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 GB = 10**9

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from remax_megatron.algorithm.estimators import NAMES, estimator_variances, get_estimator
 from remax_megatron.algorithm.estimators.reward_softmax import effective_sample_size
-from remax_megatron.errors import UserError
 
 # Two prompts of three answers: sums 1 and 6, means 1/3 and 2.
 REWARDS = [[1.0, 0.0, 0.0], [1.0, 2.0, 3.0]]
@@ -83,23 +82,21 @@ def test_too_few_answers_are_refused() -> None:
         if estimator.min_samples == 1:
             assert len(estimator.advantages([[0.5]], [0.0])) == 1
             continue
-        with pytest.raises(
-            UserError, match=rf"adv_estimator={name} .* prompt 1 .* has 1: .*actor_rollout_ref\.rollout\.n"
-        ):
+        with pytest.raises(ValueError, match=rf"{name} .* needs at least 2, but prompt 1 of the batch has 1"):
             estimator.advantages([[0.0, 1.0], [0.5]], None)
-    with pytest.raises(UserError, match="needs at least 2"):
+    with pytest.raises(ValueError, match="needs at least 2"):
         effective_sample_size([[1.0]])
     with pytest.raises(ValueError, match="of no prompt"):
         effective_sample_size([])
 
 
-def test_unknown_settings_are_refused() -> None:
-    with pytest.raises(UserError, match="adv_estimator=gae is not known: set one of remax, rloo, grpo, reinforce"):
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(AssertionError, match="gae"):
         get_estimator("gae")
     for temperature in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(UserError, match="it must be a finite number above 0"):
+        with pytest.raises(AssertionError, match=str(temperature)):
             get_estimator("reward_softmax", temperature=temperature)
-        with pytest.raises(UserError, match="it must be a finite number above 0"):
+        with pytest.raises(AssertionError, match=str(temperature)):
             effective_sample_size(REWARDS, temperature)
     assert [get_estimator(name).name for name in NAMES] == list(NAMES)
     assert [name for name in NAMES if get_estimator(name).needs_greedy] == ["remax"]

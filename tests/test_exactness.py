@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from remax_megatron.algorithm.aggregation import weigh_rows
-from remax_megatron.config.schema import Recompute
-from remax_megatron.types import Row
+from remax_megatron.types import Recompute, Row
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
@@ -50,8 +49,8 @@ def recorded_rows() -> list[Row]:
 
 
 def build(folder: str, device, *, tp: int, pp: int, how: tuple, layers: str = LAYERS):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings
@@ -73,7 +72,7 @@ def build(folder: str, device, *, tp: int, pp: int, how: tuple, layers: str = LA
 
 def gradients(policy) -> dict[str, torch.Tensor]:
     """The gradient of the last update under Hugging Face names, in float64."""
-    from remax_megatron.model.weights import table_parameters
+    from remax_megatron.model.live_weights import table_parameters
 
     stream = policy.weight_stream(torch.float32, 2**20)
     chunks = [table_parameters(chunk) for chunk in policy.bare_chunks]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Recompute
 from remax_megatron.flops import ForwardFlops, RowGroup, UpdateFlops, peak_bf16_tflops
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.types import Recompute
 
 FACTS = ModelFacts(
     num_layers=2,

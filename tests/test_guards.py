@@ -77,8 +77,8 @@ FINITE = {  # loss, gradient norm: a NaN ratio is clipped, and has no gradient
 
 
 def build(folder: str, device, layout: tuple, actor=None):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.hf_folder import FolderError, HfWeights, check_folder, write_hf_folder
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.hf_folder import FolderError, HfWeights, check_folder, write_hf_folder
 from tests.small_models import make_qwen2
 
 INDEX = "model.safetensors.index.json"

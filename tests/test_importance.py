@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from remax_megatron.algorithm.importance import SUMS, ImportanceStats, importance_weights
-from remax_megatron.errors import UserError
 
 LENGTHS = [2, 0, 3]
 # Ratios of the tokens: 0.5 and 4, then 1.5, 1 and 0.5; of the rows: 2 and 0.75.
@@ -89,10 +88,10 @@ def test_an_extreme_ratio_stays_finite() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UserError, match="rollout_is=row is not known: set one of token, sequence"):
+    with pytest.raises(AssertionError, match="row"):
         weights("row", 2.0)
     for threshold in (0.0, float("nan")):
-        with pytest.raises(UserError, match="it must be above 0"):
+        with pytest.raises(AssertionError, match=str(threshold)):
             weights("token", threshold)
     with pytest.raises(ValueError, match="5 log-probabilities of the trainer, 5 of the engine, and rows of 4 tokens"):
         weights("token", 2.0, [4])

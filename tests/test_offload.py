@@ -40,8 +40,8 @@ CASES = (("bfloat16", True), ("float32", True), ("float32", False))  # dtype, us
 def offload_worker(folder: str) -> list[list]:
     """Per case, without and with offload: gradient norms of three updates, and the checkpoint's blocks before each."""
     from remax_megatron.algorithm.aggregation import weigh_rows
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings

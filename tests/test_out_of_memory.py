@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.doctor.fitting import with_setting
 from remax_megatron.doctor.ledger import ledger
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import OutOfMemory, advice, exhausted, explained, record_history
 from tests.test_failure import overrides
 

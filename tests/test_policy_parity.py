@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from remax_megatron.config.schema import Recompute
 from remax_megatron.guards import Skip
-from remax_megatron.types import Row
+from remax_megatron.types import Recompute, Row
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
@@ -34,8 +33,8 @@ def make_rows(seed: int = 0, count: int = 12) -> list[Row]:
 
 
 def build_policy(folder: str, layout, device, *, budget: int = 120, rows_per_batch: int | None = None, recompute=None):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings

@@ -34,8 +34,8 @@ def worker(payload):
     """Per layout: the reference's log-probabilities, the full KL, and the gradient with a KL loss of either kind."""
     from megatron.core import parallel_state as mpu
 
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.reference import Reference

@@ -98,7 +98,7 @@ def killed_after_step_5(run_dir: Path, copy: Path, layout: str) -> Path:
         flip_a_bit(last / "__1_0.distcp")  # finished, and damaged since
     else:
         last.rename(copy / "checkpoints" / ".iter_0000006.partial")
-        (copy / "checkpoints" / ".iter_0000006.partial" / "manifest.json").unlink()
+        (copy / "checkpoints" / ".iter_0000006.partial" / "file_manifest.json").unlink()
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(lines[:6]) + '{"step": 6, "rew')
     return copy
@@ -110,7 +110,7 @@ def test_a_resumed_run_equals_one_that_never_ended(layout, torchrun, settings, i
     finished = torchrun(2, [*settings, *at(layout), f"trainer.default_local_dir={run_dir}"])
     assert finished.code == 0, finished.output
     assert f"Resuming after step 3 from {run_dir}" in finished.output
-    assert ("__1_0.distcp is not what manifest.json says" in finished.output) == (layout == "pp2")
+    assert ("__1_0.distcp is not what file_manifest.json says" in finished.output) == (layout == "pp2")
     same(run_dir, in_one_go[layout])
     check_files(iteration_folder(run_dir / "checkpoints", 6))
 
@@ -157,5 +157,5 @@ def test_damage_everywhere_ends_the_run_before_anything_is_lost(torchrun, settin
         flip_a_bit(iteration_folder(run_dir / "checkpoints", step) / "__0_0.distcp")
     damaged = torchrun(2, command)
     assert damaged.code != 0 and "no other one is sound" in damaged.output
-    assert "iter_0000003/__0_0.distcp is not what manifest.json says" in damaged.output
+    assert "iter_0000003/__0_0.distcp is not what file_manifest.json says" in damaged.output
     assert measured(run_dir) == measured(in_one_go["dp2"])  # nothing was lost

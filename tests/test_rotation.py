@@ -20,8 +20,8 @@ def shared_rows() -> list[Row]:
 def rotation_worker(folder: str) -> list[tuple]:
     """Per case and way to rotate: log-probabilities before, loss, gradient norm and weights after an update."""
     from remax_megatron.algorithm.aggregation import weigh_rows
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy import packed_model
     from remax_megatron.policy.policy import Policy

@@ -9,8 +9,8 @@ import pytest
 from remax_megatron.checkpoint.folders import iteration_folder, saved_steps
 from remax_megatron.config.load import load_config
 from remax_megatron.config.schema import ConfigError
-from remax_megatron.model.megatron_folder import TRACKER
 from remax_megatron.run_folder import start_run_folder
+from remax_megatron.weights.megatron_folder import TRACKER
 from tests.ranks import run_ranks
 
 

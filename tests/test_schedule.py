@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from remax_megatron.batching.schedule import RowCost, Schedule, row_cost, schedule_by_rows, schedule_by_tokens
-from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.model_facts import ModelFacts
 
 COST = RowCost(linear=24576, quadratic=1)
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.weight_table import (
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.weight_table import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,

@@ -15,7 +15,7 @@ import torch
 
 from gpu_parts.part import Numbers, Part, relative
 from remax_megatron.algorithm.aggregation import weigh_rows
-from remax_megatron.model.weights import WeightStream
+from remax_megatron.model.live_weights import WeightStream
 from remax_megatron.types import Row
 
 SHAPE = (4, 512, 1408, 8, 2, 8192, True)  # head_dim 64, which all flash kernels take

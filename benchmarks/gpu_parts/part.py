@@ -21,10 +21,10 @@ import torch
 from random_model import SHAPES, Shape, config_of, make_folder
 
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
 from remax_megatron.environment import ATTENTION
 from remax_megatron.errors import UserError
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout, init_distributed, init_model_parallel
 
 # What a case may die of without ending its part: errors of CUDA, memory and compilation are RuntimeErrors.

@@ -9,8 +9,8 @@ from gpu_parts.part import Numbers, Part
 from remax_megatron.checkpoint.folders import iteration_folder
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.checkpoint.state import RunState
-from remax_megatron.model.hf_folder import side_files
 from remax_megatron.policy.training_state import TrainingState
+from remax_megatron.weights.hf_folder import side_files
 
 BEFORE, AFTER = 2, 3  # updates
 

@@ -1,6 +1,6 @@
 """How the losses of an update's tokens become one number: the weight of each token, from global counts alone.
 
-`actor_rollout_ref.actor.loss_agg_mode`, with S rows that have response tokens, row i having l_i of them, N = sum l_i:
+One of MODES, with S rows that have response tokens, row i having l_i of them, N = sum l_i:
 
     token-mean            1 / N          every token alike; long answers count more (arXiv 2503.14476, DAPO)
     seq-mean-token-sum    1 / S          mean over answers of the sum over tokens: the policy gradient of the papers;
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from remax_megatron.errors import UserError
 from remax_megatron.types import Row
 
 MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
@@ -27,10 +26,9 @@ MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean")
 def token_weights(lengths: Sequence[int], mode: str) -> list[float]:
     """The weight of each token of row i, [rows], from the numbers of response tokens of all rows of the update.
 
-    UserError for an unknown mode; ValueError when the update has no response token.
+    `mode` is one of MODES. ValueError when the update has no response token.
     """
-    if mode not in MODES:
-        raise UserError(f"actor_rollout_ref.actor.loss_agg_mode={mode} is not known: set one of {', '.join(MODES)}")
+    assert mode in MODES, mode
     num_tokens = sum(lengths)
     if num_tokens == 0:
         raise ValueError("the update has no response token to learn from")

@@ -23,10 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from remax_megatron.errors import UserError
-
-LEVELS = ("token", "sequence")
-
+from remax_megatron.algorithm.names import IMPORTANCE_LEVELS
 
 SUMS = ("count", "total", "total_cut", "total_cut_squared", "num_truncated")
 
@@ -62,13 +59,11 @@ def importance_weights(
     """(weight of each token [R] float32 without gradient, SUMS over the weights [5] float64, the largest one float64).
 
     Inputs [R] in nats under the sampling temperature; `lengths` [rows] cuts R into whole rows, in order. A row's
-    tokens all carry its one weight at level "sequence". Nothing is read back from a GPU. UserError for an unknown level
-    or a threshold not above 0; ValueError when the sizes do not fit.
+    tokens all carry its one weight at level "sequence". `level` is one of IMPORTANCE_LEVELS, `threshold` above 0.
+    Nothing is read back from a GPU. ValueError when the sizes do not fit.
     """
-    if level not in LEVELS:
-        raise UserError(f"rollout_is={level} is not known: set one of {', '.join(LEVELS)}")
-    if not threshold > 0.0:
-        raise UserError(f"rollout_is_threshold={threshold}: it must be above 0; 2.0 is usual")
+    assert level in IMPORTANCE_LEVELS, level
+    assert threshold > 0.0, threshold
     if logprob_R.shape != rollout_logprob_R.shape or sum(lengths) != logprob_R.numel():
         raise ValueError(
             f"{logprob_R.numel()} log-probabilities of the trainer, {rollout_logprob_R.numel()} of the engine, and "

@@ -1,7 +1,7 @@
 """KL between policy and reference: estimates per token, controllers of its coefficient, its place in the reward.
 
 With x = log pi(a) - log pi_ref(a) of the sampled token a (J. Schulman 2020, http://joschu.net/blog/kl-approx.html;
-the names are those of verl's `kl_penalty`, core_algos.py, for `algorithm.kl_penalty` and `actor.kl_loss_type`):
+the names are those of verl's `kl_penalty`, core_algos.py; all legal ones are in algorithm/names.py):
 
     name         alias   value                 expectation         expected gradient as a loss
     kl           k1      x                     KL(pi || pi_ref)    0: of use in the reward only
@@ -27,31 +27,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from remax_megatron.errors import UserError
-
-KINDS = {
-    "kl": "kl",
-    "k1": "kl",
-    "abs": "abs",
-    "mse": "mse",
-    "k2": "mse",
-    "low_var_kl": "low_var_kl",
-    "k3": "low_var_kl",
-    "full": "full",
-}
-MODES = ("to_go", "one_step")
+from remax_megatron.algorithm.names import KL_ALIASES, KL_CONTROLLERS, KL_KINDS, KL_REWARD_MODES
 
 
 def canonical_kind(kind: str) -> str:
-    """verl's long name of a kind or alias, the "+" kept. UserError for an unknown one (algorithm.kl_penalty and
-    actor_rollout_ref.actor.kl_loss_type)."""
+    """verl's long name of one of KL_KINDS, the "+" kept."""
+    assert kind in KL_KINDS, kind
     name = kind.removesuffix("+")
-    if name not in KINDS or kind == "full+":
-        raise UserError(
-            f"the KL estimator {kind} is not known: set algorithm.kl_penalty or actor_rollout_ref.actor.kl_loss_type "
-            f"to one of {', '.join(KINDS)}, all but full also with a + behind"
-        )
-    return KINDS[name] + kind[len(name) :]
+    return KL_ALIASES.get(name, name) + kind[len(name) :]
 
 
 def token_kl(logprob_R: Tensor, ref_logprob_R: Tensor, kind: str) -> Tensor:
@@ -95,7 +78,7 @@ class FixedKl:
     """A coefficient that stays as configured, also when a checkpoint was written with another one."""
 
     def __init__(self, coef: float) -> None:
-        _check_coef(coef)
+        assert 0.0 <= coef < math.inf, coef
         self.coef = coef
 
     def update(self, kl: float, num_samples: int) -> None:
@@ -119,26 +102,19 @@ class AdaptiveKl:
     """
 
     def __init__(self, coef: float, target: float, horizon: float) -> None:
-        _check_coef(coef)
-        if coef == 0.0:
-            raise UserError("algorithm.kl_ctrl.kl_coef=0 stays 0 under algorithm.kl_ctrl.type=adaptive: set it above 0")
-        if not (math.isfinite(target) and target > 0.0):
-            raise UserError(f"algorithm.kl_ctrl.target_kl={target}: it must be above 0, in nats per token")
-        if not (math.isfinite(horizon) and horizon > 0.0):
-            raise UserError(f"algorithm.kl_ctrl.horizon={horizon}: it must be above 0, in samples")
+        assert 0.0 < coef < math.inf, coef  # 0 would stay 0
+        assert 0.0 < target < math.inf, target
+        assert 0.0 < horizon < math.inf, horizon
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl: float, num_samples: int) -> None:
         """After a batch, whose reward has used the coefficient as it was: `kl` is its mean KL (verl's: the mean over
         answers of the mean over an answer's tokens), `num_samples` its number of answers (prompts x n).
 
-        UserError when one batch could take the coefficient to 0 or below; ValueError when kl is not finite.
+        The horizon must be above 0.2 num_samples: in a shorter one a batch could take the coefficient to 0 or below.
+        ValueError when kl is not finite.
         """
-        if 0.2 * num_samples >= self.horizon:
-            raise UserError(
-                f"algorithm.kl_ctrl.horizon={self.horizon} is too short for batches of {num_samples} answers: one "
-                f"update could take the coefficient to 0 or below; set it above {0.2 * num_samples:g}"
-            )
+        assert 0.2 * num_samples < self.horizon, (num_samples, self.horizon)
         if not math.isfinite(kl):
             raise ValueError(f"the mean KL of the batch is {kl}, so its coefficient cannot be adapted")
         self.coef *= 1.0 + min(max(kl / self.target - 1.0, -0.2), 0.2) * num_samples / self.horizon
@@ -153,17 +129,9 @@ class AdaptiveKl:
 
 
 def kl_controller(kind: str, coef: float, target: float, horizon: float) -> FixedKl | AdaptiveKl:
-    """The controller of algorithm.kl_ctrl.{type, kl_coef, target_kl, horizon}; UserError for what it cannot be."""
-    if kind == "fixed":
-        return FixedKl(coef)
-    if kind == "adaptive":
-        return AdaptiveKl(coef, target, horizon)
-    raise UserError(f"algorithm.kl_ctrl.type={kind} is not known: set fixed or adaptive")
-
-
-def _check_coef(coef: float) -> None:
-    if not (math.isfinite(coef) and coef >= 0.0):
-        raise UserError(f"algorithm.kl_ctrl.kl_coef={coef}: it must be a finite number, 0 or above")
+    """The controller of one of KL_CONTROLLERS; `target` and `horizon` are those of an adaptive one."""
+    assert kind in KL_CONTROLLERS, kind
+    return FixedKl(coef) if kind == "fixed" else AdaptiveKl(coef, target, horizon)
 
 
 def with_kl_in_reward(advantage: float, kl: Sequence[float], beta: float, mode: str) -> list[float]:
@@ -178,12 +146,11 @@ def with_kl_in_reward(advantage: float, kl: Sequence[float], beta: float, mode: 
     (`compute_returns` of liziniu/ReMax, step3_rlhf_finetuning/remax_trainer.py), without its discount (the same at
     gamma = 1) and without its clip of the outcome to +-5 (the same for rewards within that).
 
-    UserError for another mode. No response token gives no advantage.
+    No response token gives no advantage.
     """
+    assert mode in KL_REWARD_MODES, mode
     if mode == "one_step":
         return [advantage - beta * one for one in kl]
-    if mode != "to_go":
-        raise UserError(f"a KL in the reward cannot be placed by {mode!r}: set one of {', '.join(MODES)}")
     to_go, found = 0.0, []
     for one in reversed(kl):
         to_go += one

@@ -21,7 +21,6 @@ from remax_megatron.algorithm.importance import ImportanceStats, importance_weig
 from remax_megatron.algorithm.kl import token_kl
 from remax_megatron.algorithm.losses import Clip, clipped_policy_loss, reinforce_loss
 
-POLICY_LOSSES = ("ppo_clip", "reinforce")
 MISMATCH = "rollout/logprob_diff_mean"  # the metric that guards look at, in nats
 
 

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.flops import ForwardFlops
+from remax_megatron.model_facts import ModelFacts
 
 # Schedule[dp_rank][micro_batch] = row numbers
 Schedule = list[list[list[int]]]

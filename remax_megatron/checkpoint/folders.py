@@ -4,11 +4,13 @@
     DIR/config.json, tokenizer files         with them the converters take DIR as a model
     DIR/iter_0000120/.metadata, *.distcp     weights and optimizer, `torch_dist` (see policy/training_state.py)
     DIR/iter_0000120/state.json              the rest of the run's state (checkpoint/state.py)
-    DIR/iter_0000120/manifest.json           size and xxh3-128 digest of every file
+    DIR/iter_0000120/file_manifest.json      size and xxh3-128 digest of every file
     DIR/.iter_0000130.partial/               being written, or left by a run that died
 
 A digest finds damage. Forgery it does not find, but no file of a checkpoint is unpickled when it is read, and one whose
 pickles name anything but records of tensors is refused.
+
+In version 0.1.0 the manifest was called `manifest.json`; checkpoints of that time can be resumed as before.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ import xxhash
 
 from remax_megatron.atomic import replacing
 from remax_megatron.checkpoint.state import CheckpointError, read_state
-from remax_megatron.convert.manifest import MANIFEST
-from remax_megatron.model.megatron_folder import TRACKER
-from remax_megatron.model.torch_dist import TorchDist
 from remax_megatron.parallel import watchdog
+from remax_megatron.weights.megatron_folder import TRACKER
+from remax_megatron.weights.torch_dist import TorchDist
 
+MANIFEST, OLD_MANIFEST = "file_manifest.json", "manifest.json"
 READ_BYTES = 16 * 2**20
 
 
@@ -62,7 +64,8 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, records: dict[str, dict[str, Any]]) -> None:
-    content = {"digest": "xxh3_128", "tensors": {}, "files": records}
+    """Write the sizes and digests of the files of a checkpoint into its manifest."""
+    content = {"digest": "xxh3_128", "files": records}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -72,7 +75,8 @@ def check_files(folder: Path, part: int = 0, num_parts: int = 1) -> None:
     Sizes are compared of all files, contents of every `num_parts`-th file from number `part` on; part 0 also looks into
     the pickles.
     """
-    path = folder / MANIFEST
+    old = folder / OLD_MANIFEST
+    path = old if old.is_file() and not (folder / MANIFEST).is_file() else folder / MANIFEST
     try:
         records = json.loads(path.read_text())["files"]
         expected = {name: (record["bytes"], record["digest"]) for name, record in sorted(records.items())}
@@ -88,14 +92,14 @@ def check_files(folder: Path, part: int = 0, num_parts: int = 1) -> None:
             raise CheckpointError(f"{file} is missing")
         if file.stat().st_size != size:
             raise CheckpointError(
-                f"{file} has {file.stat().st_size} bytes, {MANIFEST} says {size}: it was cut or changed"
+                f"{file} has {file.stat().st_size} bytes, {path.name} says {size}: it was cut or changed"
             )
-    if unknown := {file.name for file in folder.iterdir()} - expected.keys() - {MANIFEST}:
-        raise CheckpointError(f"{folder / min(unknown)} is not in {MANIFEST}: it does not belong there")
+    if unknown := {file.name for file in folder.iterdir()} - expected.keys() - {path.name}:
+        raise CheckpointError(f"{folder / min(unknown)} is not in {path.name}: it does not belong there")
     for number, (name, (_, recorded)) in enumerate(expected.items()):
         watchdog.beat(f"checking {folder / name}")
         if number % num_parts == part and file_record(folder / name)["digest"] != recorded:
-            raise CheckpointError(f"{folder / name} is not what {MANIFEST} says: it was damaged or changed")
+            raise CheckpointError(f"{folder / name} is not what {path.name} says: it was damaged or changed")
     if part == 0:
         TorchDist(folder).check_pickles()
 

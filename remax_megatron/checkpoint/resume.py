@@ -14,45 +14,13 @@ from remax_megatron.checkpoint.folders import (
     saved_steps,
 )
 from remax_megatron.checkpoint.state import STATE, CheckpointError, RunState, read_state
-from remax_megatron.config.load import known_keys
-from remax_megatron.config.rules import value_of
-from remax_megatron.config.schema import Config
+from remax_megatron.config.schema import SETTINGS, Config
+from remax_megatron.config.setting import MUST_MATCH, value_of
 from remax_megatron.errors import UserError
-from remax_megatron.model.megatron_folder import checkpoint_folder
 from remax_megatron.parallel.first_rank import from_first_rank
+from remax_megatron.weights.megatron_folder import checkpoint_folder
 
 log = logging.getLogger(__name__)
-
-# Settings that may change when a run is resumed: where and how fast it computes, how long, what it shows. Groups
-# end with a dot. All others say what is computed.
-FREE = (
-    "trainer.",
-    "actor_rollout_ref.model.enable_gradient_checkpointing",
-    "actor_rollout_ref.actor.use_dynamic_bsz",
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
-    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
-    "actor_rollout_ref.actor.share_prompts",
-    "actor_rollout_ref.actor.fsdp_config.",
-    "actor_rollout_ref.actor.megatron.",
-    "actor_rollout_ref.ref.",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size",
-    "actor_rollout_ref.rollout.gpu_memory_utilization",
-    "actor_rollout_ref.rollout.max_num_seqs",
-    "actor_rollout_ref.rollout.max_num_batched_tokens",
-    "actor_rollout_ref.rollout.kv_cache_gib",
-    "actor_rollout_ref.rollout.enforce_eager",
-    "actor_rollout_ref.rollout.sync_bucket_mb",
-    "actor_rollout_ref.rollout.canary_threshold",
-    "actor_rollout_ref.rollout.mismatch_threshold",
-    "actor_rollout_ref.rollout.val_kwargs.",
-    "data.train_files",  # the prompts themselves are compared
-    "data.val_files",
-    "data.val_batch_size",
-    "data.val_max_samples",
-    "reward.num_workers",
-    "reward.max_failure_share",
-)
-FIXED = ("trainer.seed", "actor_rollout_ref.actor.megatron.dtype")  # though of a free group
 
 
 def find_checkpoint(config: Config, root: Path) -> tuple[Path, RunState] | None:
@@ -93,8 +61,8 @@ def find_checkpoint(config: Config, root: Path) -> tuple[Path, RunState] | None:
 def check_same_run(state: RunState, config: Config, train_prompts: str) -> None:
     """CheckpointError when `config` would make another run of the one that `state` is of; names the keys."""
     differing = []
-    for key in known_keys():
-        if key in FIXED or not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE):
+    for key, setting in SETTINGS.items():
+        if setting.on_resume == MUST_MATCH:
             saved, now = _saved_value(state.config, key), value_of(config, key)
             if saved != now:
                 differing.append(f"{key} (was {saved}, is {now})")
@@ -113,7 +81,7 @@ def _saved_value(saved: dict[str, Any], key: str) -> Any:
     value: Any = saved
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
-            return value_of(Config(), key)
+            return SETTINGS[key].default
         value = value[name]
     return value
 

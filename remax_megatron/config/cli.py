@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from remax_megatron.config.load import list_presets, load_config, presets_dir, to_yaml
-from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
+from remax_megatron.config.model_path import resolve_model_facts
 from remax_megatron.config.rules import validate, validate_files
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.errors import UserError
+from remax_megatron.model_facts import ModelFacts
 
 EXIT_BAD_SETTINGS = 2
 OTHER_RANKS_WAIT_S = 5.0
@@ -42,7 +43,7 @@ RANKS is trainer.n_gpus_per_node of the preset; with several nodes add torchrun'
 presets (--config-name, default demo), from {folder}:
 {presets}
 
-settings that are often changed (all of them: --cfg job):
+settings that are often changed (all of them: docs/settings.md; their values: --cfg job):
   actor_rollout_ref.model.path=FOLDER_OR_HUB_ID      the model to train (Hugging Face, or converted to Megatron)
   data.train_files=FILE data.val_files=FILE          parquet, JSON or JSONL; a list is written [FILE,FILE]
   data.train_batch_size=512                          prompts per rollout batch
@@ -129,6 +130,7 @@ def reported_errors() -> Iterator[None]:
 
 
 def help_text(config_dir: Path | None = None) -> str:
+    """Return what --help prints, with the presets of `config_dir` or the shipped ones."""
     presets = list_presets(config_dir)
     width = max(map(len, presets), default=0)
     lines = "\n".join(f"  {name:{width}}  {description}" for name, description in presets.items())

@@ -5,16 +5,14 @@
 Presets hold nested or dotted keys and may build on each other with a Hydra defaults list. Every key must be one of
 `schema.Config`: an unknown one is an error that names the nearest known ones, a value of a wrong type an error that
 names the type. `+key=value` and `++key=value` set a key as `key=value` does, since every key exists. What Hydra offers
-beside that (sweeps, config groups, deletion, the `hydra.*` keys) is refused. The rules between settings are in `rules`.
+beside that (sweeps, config groups, deletion, the `hydra.*` keys) is refused. The rules that settings have to keep are
+in `rules`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -29,33 +27,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from remax_megatron.config.rules import value_of
-from remax_megatron.config.schema import EMBEDDED_MODEL, Config, ConfigError
+from remax_megatron.config.schema import ACTOR, SETTINGS, Config, ConfigError
+from remax_megatron.config.setting import set_value, type_words, value_of
 
 HYDRA_VERSION = "1.3"
 STORE_NAME = "remax_megatron_settings"
-REQUIRED = {
-    "data.train_files": "data.train_files=DIR/train.parquet",
-    "actor_rollout_ref.model.path": f"actor_rollout_ref.model.path=FOLDER (or {EMBEDDED_MODEL})",
-}
-PATHS = (
-    "data.train_files",
-    "data.val_files",
-    "actor_rollout_ref.model.path",
-    "trainer.default_local_dir",
-    "trainer.rollout_data_dir",
-    "trainer.validation_data_dir",
-    "trainer.resume_from_path",
-    "trainer.stop_file",
-    "custom_reward_function.path",
-)
-ACTOR = "actor_rollout_ref.actor"
-ALIASES = {
-    f"{ACTOR}.fsdp_config.param_offload": f"{ACTOR}.megatron.param_offload",
-    f"{ACTOR}.fsdp_config.optimizer_offload": f"{ACTOR}.megatron.optimizer_offload",
-    "actor_rollout_ref.ref.fsdp_config.param_offload": "actor_rollout_ref.ref.megatron.param_offload",
-}
-TYPE_NAMES = {int: "an integer", float: "a number", bool: "True or False", str: "a text", type(None): "null"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +53,7 @@ def load_config(
     base = _typed(preset, config_name)
     cleaned = [_clean_override(text) for text in overrides]
     composed = _apply_overrides(base, [text for text, _ in cleaned])
-    _require_paths(composed)
+    _check_required(composed)
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to a wrong type
@@ -110,12 +86,6 @@ def list_presets(config_dir: Path | None = None) -> dict[str, str]:
     return described
 
 
-@cache
-def known_keys() -> dict[str, Any]:
-    """Every dotted key -> its type."""
-    return dict(_leaves(Config, ""))
-
-
 def nearest_keys(key: str) -> list[str]:
     """Up to three known keys that `key` was probably meant to be, best first: typing errors and forgotten prefixes."""
     depth, last = key.count(".") + 1, key.rpartition(".")[2]
@@ -124,7 +94,7 @@ def nearest_keys(key: str) -> list[str]:
         parts = known.split(".")
         return max(_ratio(key, known), _ratio(key, ".".join(parts[-depth:])), 0.9 * _ratio(last, parts[-1]))
 
-    scored = sorted(((likeness(known), known) for known in known_keys()), key=lambda pair: -pair[0])
+    scored = sorted(((likeness(known), known) for known in SETTINGS), key=lambda pair: -pair[0])
     best = scored[0][0]
     return [known for score, known in scored[:3] if score >= max(0.6, best - 0.05)]
 
@@ -178,7 +148,7 @@ def _checked(tree: dict[str, Any], where: str, prefix: str = "") -> dict[str, An
     kept = {}
     for name, value in tree.items():
         key = prefix + name
-        if key in known_keys():
+        if key in SETTINGS:
             kept[name] = value
         elif key not in _groups():
             raise _unknown_key(f"{key}.{next(_dotted(value))}" if isinstance(value, dict) and value else key, where)
@@ -251,17 +221,17 @@ def _apply_overrides(base: DictConfig, overrides: list[str]) -> DictConfig:
 # The resolved settings -----------------------------------------------------------------------------------------------
 
 
-def _require_paths(config: DictConfig) -> None:
-    for key, example in REQUIRED.items():
+def _check_required(config: DictConfig) -> None:
+    for key, setting in SETTINGS.items():
         group, _, name = key.rpartition(".")
-        node = OmegaConf.select(config, group)
-        if OmegaConf.is_missing(node, name):
-            raise ConfigError(f"{key} is not set; set {example}")
+        if setting.example is not None and OmegaConf.is_missing(OmegaConf.select(config, group), name):
+            raise ConfigError(f"{key} is not set; set {key}={setting.example}")
 
 
 def _settle(config: Config, set_by_user: set[str]) -> list[str]:
     """Bring settings into the one form the code reads: aliases mapped, switches off that cannot act, `~` expanded."""
-    notes = [note for alias, key in ALIASES.items() if (note := _map_alias(config, alias, key, set_by_user))]
+    aliases = [(key, setting.alias_of) for key, setting in SETTINGS.items() if setting.alias_of]
+    notes = [note for alias, key in aliases if (note := _map_alias(config, alias, key, set_by_user))]
     megatron = config.actor_rollout_ref.actor.megatron
     if megatron.sequence_parallel and megatron.tensor_model_parallel_size == 1:
         megatron.sequence_parallel = False
@@ -273,8 +243,9 @@ def _settle(config: Config, set_by_user: set[str]) -> list[str]:
     config.trainer.logger = [logger] if isinstance(logger, str) else [] if logger is None else logger
     if not isinstance(config.trainer.logger, list):
         raise ConfigError(f"trainer.logger={logger} is not a list of names; set trainer.logger=[console]")
-    for key in PATHS:
-        _set(config, key, _expand_user(value_of(config, key)))
+    for key, setting in SETTINGS.items():
+        if setting.path:
+            set_value(config, key, _expand_user(value_of(config, key)))
     return notes
 
 
@@ -285,8 +256,8 @@ def _map_alias(config: Config, alias: str, key: str, set_by_user: set[str]) -> s
     if {alias, key} <= set_by_user and value_of(config, key) != value:
         raise ConfigError(f"{alias}={value} stands for {key}, which is set to {value_of(config, key)}; set only {key}")
     if key not in set_by_user or alias in set_by_user:  # the user's own key beats a preset's alias
-        _set(config, key, value)
-    _set(config, alias, None)
+        set_value(config, key, value)
+    set_value(config, alias, None)
     return f"{alias}={value} is read as {key}={value}"
 
 
@@ -296,27 +267,12 @@ def _expand_user(value: Any) -> Any:
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
 
 
-def _set(config: Config, key: str, value: Any) -> None:
-    group, _, name = key.rpartition(".")
-    setattr(value_of(config, group), name, value)
-
-
 # Keys, types and messages --------------------------------------------------------------------------------------------
-
-
-def _leaves(group: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(group)
-    for field in dataclasses.fields(group):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            yield from _leaves(typing.cast(type, kind), f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", kind
 
 
 @cache
 def _groups() -> frozenset[str]:
-    return frozenset(key[: dot.start()] for key in known_keys() for dot in re.finditer(r"\.", key))
+    return frozenset(key[: dot.start()] for key in SETTINGS for dot in re.finditer(r"\.", key))
 
 
 def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
@@ -330,8 +286,8 @@ def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
 
 def _unknown_key(key: str, where: str) -> ConfigError:
     near = nearest_keys(key)
-    mend = f"did you mean {' or '.join(near)}?" if near else "--cfg job prints every setting"
-    return ConfigError(f"unknown setting {key}{where}; {mend}")
+    fix = f"did you mean {' or '.join(near)}?" if near else "--cfg job prints every setting"
+    return ConfigError(f"unknown setting {key}{where}; {fix}")
 
 
 def _by_size(file: Path) -> list[str]:
@@ -344,7 +300,7 @@ def _ratio(a: str, b: str) -> float:
 
 
 def _not_a_value(group: str, value: Any, where: str) -> ConfigError:
-    example = next(key for key in known_keys() if key.startswith(f"{group}."))
+    example = next(key for key in SETTINGS if key.startswith(f"{group}."))
     return ConfigError(
         f"{group}={value}{where}: {group} is a group of settings; set one of them, for example {example}=..."
     )
@@ -352,15 +308,9 @@ def _not_a_value(group: str, value: Any, where: str) -> ConfigError:
 
 def _type_error(error: OmegaConfBaseException, where: str = "") -> ConfigError:
     key = error.full_key or ""
-    if isinstance(error, ValidationError) and key in known_keys():
-        return ConfigError(f"{key}={error.value!r}{where} has a wrong type; set it to {_type_name(known_keys()[key])}")
+    if isinstance(error, ValidationError) and key in SETTINGS:
+        return ConfigError(f"{key}={error.value!r}{where} has a wrong type; set it to {type_words(SETTINGS[key].kind)}")
     return ConfigError(f"{key or 'a setting'}{where} cannot be set: {_first_line(error)}")
-
-
-def _type_name(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_type_name(part) for part in typing.get_args(kind))
-    return TYPE_NAMES.get(kind, str(kind))
 
 
 def _first_line(error: Exception) -> str:

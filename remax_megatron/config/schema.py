@@ -1,22 +1,55 @@
-"""Every setting, its type and its default. The names are those of the guide that most users come from (verl's keys).
+"""Every setting: its name, type, default, and the facts that `config.setting` declares; docs/settings.md shows them.
 
-Presets in `conf/` fill these in; `remax_megatron.config.load` reads them, `remax_megatron.config.rules` checks them.
-A field documented as "alias" is copied onto the field it stands for, with a note in the log. After loading,
-`trainer.logger` is a list of names and `~` in paths is expanded.
+The names are those of the guide that most users come from (verl's keys). Presets in `conf/` fill these in;
+`remax_megatron.config.load` reads them, `remax_megatron.config.rules` checks them. After loading, aliases are moved to
+the settings they stand for, `trainer.logger` is a list of names and `~` in paths is expanded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+from remax_megatron.algorithm.aggregation import MODES as AGGREGATION_MODES
+from remax_megatron.algorithm.estimators import NAMES as ESTIMATORS
+from remax_megatron.algorithm.names import (
+    IMPORTANCE_LEVELS,
+    KL_CONTROLLERS,
+    KL_KINDS,
+    KL_REWARD_MODES,
+    POLICY_LOSSES,
+)
+from remax_megatron.config.setting import (
+    ABOVE_1,
+    BELOW_1,
+    MAY_CHANGE,
+    MUST_MATCH,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_BELOW_1,
+    POSITIVE_OR_ALL,
+    POSITIVE_OR_NONE,
+    POSITIVE_SHARE,
+    SHARE,
+    group,
+    setting,
+    settings_of,
+)
 from remax_megatron.errors import UserError
+from remax_megatron.types import Recompute
 
 EMBEDDED_MODEL = "embedded:word-problems"
 LOGGERS = ("console", "wandb", "tensorboard")
 EMBEDDED_FILES = (f"{EMBEDDED_MODEL}/train", f"{EMBEDDED_MODEL}/test")
+DTYPES = ("bfloat16", "float32")
+RECOMPUTE_MODULES = ("mlp", "core_attn", "layernorm")
+
+ACTOR = "actor_rollout_ref.actor"
+MEGATRON = "actor_rollout_ref.actor.megatron"
+ROLLOUT = "actor_rollout_ref.rollout"
 
 
 class ConfigError(UserError):
@@ -25,242 +58,518 @@ class ConfigError(UserError):
 
 @dataclass
 class Data:
-    # a path or a list of paths (.parquet, .json, .jsonl), or one of EMBEDDED_FILES
-    train_files: Any = MISSING
-    val_files: Any = None
-    train_batch_size: int = 1024  # prompts per rollout batch
-    val_batch_size: int | None = None  # prompts per validation call of the engine; None: all at once
-    val_max_samples: int = -1  # -1: the whole validation set
-    max_prompt_length: int = 512  # tokens, chat template included
-    max_response_length: int = 1024  # tokens
-    filter_overlong_prompts: bool = True
-    truncation: str = "error"  # what happens to an overlong prompt that was not filtered: error | left | right
-    shuffle: bool = True
-    prompt_key: str = "prompt"
+    """Prompts: where they lie, how many make a batch, how long they and their answers may be."""
+
+    train_files: Any = setting(
+        MISSING,
+        path=True,
+        example="DIR/train.parquet",
+        on_resume=MAY_CHANGE,  # the prompts themselves are compared
+        help="Training prompts: a path or a list of paths of .parquet, .json or .jsonl files. A resumed run compares "
+        "the prompts themselves, so that files may move.",
+    )
+    val_files: Any = setting(
+        None, path=True, on_resume=MAY_CHANGE, help="Validation prompts, as train_files; null: there is no validation."
+    )
+    train_batch_size: int = setting(1024, limits=POSITIVE, help="Prompts per rollout batch.")
+    val_batch_size: int | None = setting(
+        None,
+        limits=POSITIVE,
+        on_resume=MAY_CHANGE,
+        help="Prompts per validation call of the engine; null: all of them at once.",
+    )
+    val_max_samples: int = setting(
+        -1,
+        limits=POSITIVE_OR_ALL,
+        on_resume=MAY_CHANGE,
+        help="Validation prompts that are used; -1: all of them.",
+    )
+    max_prompt_length: int = setting(
+        512, limits=POSITIVE, help="Longest prompt in tokens, with the chat template applied."
+    )
+    max_response_length: int = setting(1024, limits=POSITIVE, help="Longest answer in tokens.")
+    filter_overlong_prompts: bool = setting(True, help="Leaves out prompts above max_prompt_length.")
+    truncation: str = setting(
+        "error",
+        choices=("error", "left", "right"),
+        help="What happens to a longer prompt that was not filtered: an error, or tokens are cut off that end.",
+    )
+    shuffle: bool = setting(True, help="Draws a new order of the prompts for each epoch from trainer.seed.")
+    prompt_key: str = setting("prompt", help="The column of the data files that holds the prompt.")
 
 
 @dataclass
 class Model:
-    path: str = MISSING  # Hugging Face folder or hub id; EMBEDDED_MODEL makes the demo's policy
-    use_remove_padding: bool = True
-    enable_gradient_checkpointing: bool = False
-    trust_remote_code: bool = False  # refused when True: code from a model folder is never executed
+    """The model to train."""
+
+    path: str = setting(
+        MISSING,
+        path=True,
+        example=f"FOLDER (or {EMBEDDED_MODEL})",
+        help="Hugging Face folder, converted Megatron folder, or hub id.",
+    )
+    use_remove_padding: bool = setting(True, help="Micro-batches are always packed without padding: True is needed.")
+    enable_gradient_checkpointing: bool = setting(
+        False,
+        on_resume=MAY_CHANGE,
+        help="Computes all activations again in the backward pass, unless override_transformer_config says otherwise.",
+    )
+    trust_remote_code: bool = setting(False, help="Code from a model folder is never executed: False is needed.")
 
 
 @dataclass
 class Optim:
-    lr: float = 1e-6
-    lr_warmup_steps: int = 0
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip_grad: float = 1.0
+    """Adam and its learning rate."""
+
+    lr: float = setting(1e-6, limits=POSITIVE, help="Learning rate, constant after the warmup.")
+    lr_warmup_steps: int = setting(
+        0, limits=NOT_NEGATIVE, help="Optimizer steps in which the learning rate rises linearly to lr."
+    )
+    weight_decay: float = setting(
+        0.01, limits=NOT_NEGATIVE, help="Decoupled weight decay of matrices; norms and biases have none."
+    )
+    beta1: float = setting(0.9, limits=BELOW_1, why="the default is 0.9", help="Decay of Adam's mean of gradients.")
+    beta2: float = setting(
+        0.999, limits=BELOW_1, why="the default is 0.999", help="Decay of Adam's mean of squared gradients."
+    )
+    eps: float = setting(1e-8, limits=POSITIVE, help="Added to Adam's denominator.")
+    clip_grad: float = setting(
+        1.0, limits=NOT_NEGATIVE, help="Largest norm of the whole gradient, which is scaled down to it; 0: not clipped."
+    )
 
 
 @dataclass
 class OverrideTransformerConfig:
-    """What is recomputed in the backward pass, under the names of verl and Megatron; see `recompute_of`."""
+    """What is recomputed in the backward pass, under the names of verl and Megatron."""
 
-    recompute_granularity: str | None = None  # none | selective | full; null: enable_gradient_checkpointing decides
-    recompute_method: str | None = None  # uniform | block, with full only; null: uniform
-    recompute_num_layers: int | None = None  # with full only; null: 1
-    recompute_modules: Any = None  # with selective only: of mlp, core_attn, layernorm; null: [mlp]
+    recompute_granularity: str | None = setting(
+        None,
+        choices=(None, "none", "selective", "full"),
+        why="null leaves it to actor_rollout_ref.model.enable_gradient_checkpointing",
+        help="Which activations are computed again: those of whole layers, or those of recompute_modules.",
+    )
+    recompute_method: str | None = setting(
+        None, choices=(None, "uniform", "block"), help="How layers are grouped, with full only; null: uniform."
+    )
+    recompute_num_layers: int | None = setting(
+        None,
+        limits=POSITIVE,
+        help="With full only: layers per group (uniform), or layers per pipeline rank (block); null: 1.",
+    )
+    recompute_modules: Any = setting(
+        None, help=f"A list of {', '.join(RECOMPUTE_MODULES)}, with selective only; null: [mlp]."
+    )
 
 
 @dataclass
 class Megatron:
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    sequence_parallel: bool = False
-    use_distributed_optimizer: bool = True
-    param_offload: bool = False
-    grad_offload: bool = False
-    optimizer_offload: bool = False
-    dtype: str = "bfloat16"  # bfloat16 (fp32 master weights) | float32
-    layers: str = "auto"  # auto | transformer_engine | local; auto: Transformer Engine's on a GPU where it is installed
-    overlap_grad_reduce: bool | None = None  # reduce gradients during the backward pass; null: on a GPU where DP > 1
-    overlap_param_gather: bool | None = None  # gather updated weights during the next forward pass; null: as above
-    override_transformer_config: OverrideTransformerConfig = field(default_factory=OverrideTransformerConfig)
-    attention_backend: str = "auto"  # auto | transformer_engine | varlen | flex | sdpa
-    logprob_chunk_size: int = 1024  # scored positions whose logits exist at once
+    """How the policy is laid out on the ranks and computed."""
+
+    tensor_model_parallel_size: int = setting(
+        1, limits=POSITIVE, help="Ranks between which each layer's matrices are cut (TP)."
+    )
+    pipeline_model_parallel_size: int = setting(
+        1, limits=POSITIVE, help="Ranks between which the layers are divided (PP)."
+    )
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None, limits=POSITIVE, help="Chunks of layers per pipeline rank, which run interleaved; null: one."
+    )
+    context_parallel_size: int = setting(1, limits=POSITIVE, help="Context parallelism is not offered: 1 is needed.")
+    sequence_parallel: bool = setting(
+        False, help="Cuts activations between the TP ranks where layers allow it; it has no effect at TP 1."
+    )
+    use_distributed_optimizer: bool = setting(
+        True, help="Each data-parallel rank keeps its share of Adam's state instead of all of it."
+    )
+    param_offload: bool = setting(
+        False, help="Has no effect: the policy's weights stay beside the engine, for the check of every weight sync."
+    )
+    grad_offload: bool = setting(False, help="GPU: frees the gradients' memory during rollouts.")
+    optimizer_offload: bool = setting(
+        False, help="GPU: moves master weights and Adam's state to host memory between updates."
+    )
+    dtype: str = setting(
+        "bfloat16",
+        choices=DTYPES,
+        on_resume=MUST_MATCH,
+        help="Type of the weights; bfloat16 has float32 master weights.",
+    )
+    layers: str = setting(
+        "auto",
+        choices=("auto", "transformer_engine", "local"),
+        help="Whose layers are used; auto: Transformer Engine's on a GPU where it is installed.",
+    )
+    overlap_grad_reduce: bool | None = setting(
+        None, help="Reduces gradients during the backward pass; null: on a GPU with more than one data-parallel rank."
+    )
+    overlap_param_gather: bool | None = setting(
+        None, help="Gathers updated weights during the next forward pass; null: as overlap_grad_reduce."
+    )
+    override_transformer_config: OverrideTransformerConfig = group(OverrideTransformerConfig)
+    attention_backend: str = setting(
+        "auto",
+        choices=("auto", "transformer_engine", "varlen", "flex", "sdpa"),
+        help="What computes attention; auto takes the best one that the device has.",
+    )
+    logprob_chunk_size: int = setting(1024, limits=POSITIVE, help="Scored positions whose logits exist at once.")
 
 
 @dataclass
 class FsdpConfig:
-    """Aliases for users of FSDP presets; mapped onto the megatron keys with a note."""
+    """Aliases for users of FSDP presets, which are moved to the megatron keys with a note."""
 
-    param_offload: bool | None = None
-    optimizer_offload: bool | None = None
+    param_offload: bool | None = setting(
+        None, alias_of=f"{MEGATRON}.param_offload", help="Alias, for users of FSDP presets."
+    )
+    optimizer_offload: bool | None = setting(
+        None, alias_of=f"{MEGATRON}.optimizer_offload", help="Alias, for users of FSDP presets."
+    )
 
 
 @dataclass
 class RefFsdpConfig:
-    """Alias for users of FSDP presets; mapped onto ref.megatron with a note."""
+    """Alias for users of FSDP presets, which is moved to ref.megatron with a note."""
 
-    param_offload: bool | None = None
+    param_offload: bool | None = setting(
+        None, alias_of="actor_rollout_ref.ref.megatron.param_offload", help="Alias, for users of FSDP presets."
+    )
 
 
 @dataclass
 class Actor:
-    strategy: str = "megatron"
-    optim: Optim = field(default_factory=Optim)
-    ppo_mini_batch_size: int | None = None  # prompts per optimizer step; None: train_batch_size (one update a batch)
-    ppo_epochs: int = 1
-    use_dynamic_bsz: bool = True
-    ppo_max_token_len_per_gpu: int = 16384  # strict token budget of one micro-batch
-    ppo_micro_batch_size_per_gpu: int | None = None  # rows per micro-batch when use_dynamic_bsz=False
-    clip_ratio: float = 0.2
-    clip_ratio_low: float | None = None
-    clip_ratio_high: float | None = None
-    clip_ratio_c: float = 3.0  # dual clip, arXiv 1912.09729
-    policy_loss: str = "ppo_clip"  # ppo_clip | reinforce
-    loss_agg_mode: str = "token-mean"  # token-mean | seq-mean-token-sum | seq-mean-token-mean
-    skip_zero_advantage: bool | None = None  # leave rows without gradient out of all passes; None: where exact
-    share_prompts: bool = False  # compute a prompt once for all its answers in a micro-batch
-    entropy_coeff: float = 0.0
-    use_kl_loss: bool = False
-    kl_loss_coef: float = 0.001
-    kl_loss_type: str = "low_var_kl"
-    megatron: Megatron = field(default_factory=Megatron)
-    fsdp_config: FsdpConfig = field(default_factory=FsdpConfig)
+    """The policy's update."""
+
+    strategy: str = setting(
+        "megatron",
+        choices=("megatron",),
+        why="the policy is always Megatron-Core; fsdp_config offload keys are mapped onto it",
+        help="What trains the policy.",
+    )
+    optim: Optim = group(Optim)
+    ppo_mini_batch_size: int | None = setting(
+        None, limits=POSITIVE, help="Prompts per optimizer step; null: train_batch_size, one update per batch."
+    )
+    ppo_epochs: int = setting(1, limits=POSITIVE, help="How often a batch is passed over.")
+    use_dynamic_bsz: bool = setting(
+        True, on_resume=MAY_CHANGE, help="Fills micro-batches up to a number of tokens; False: by a number of rows."
+    )
+    ppo_max_token_len_per_gpu: int = setting(
+        16384, limits=POSITIVE, on_resume=MAY_CHANGE, help="Most tokens in one micro-batch, with use_dynamic_bsz=True."
+    )
+    ppo_micro_batch_size_per_gpu: int | None = setting(
+        None, limits=POSITIVE, on_resume=MAY_CHANGE, help="Rows per micro-batch, with use_dynamic_bsz=False."
+    )
+    clip_ratio: float = setting(
+        0.2,
+        limits=POSITIVE_BELOW_1,
+        why="the ratio is clipped at 1 - it; the default is 0.2",
+        help="PPO's clip range: the ratio is held between 1 - it and 1 + it.",
+    )
+    clip_ratio_low: float | None = setting(
+        None,
+        limits=POSITIVE_BELOW_1,
+        why="the ratio is clipped at 1 - it; the default is 0.2",
+        help="Clip range below 1; null: clip_ratio.",
+    )
+    clip_ratio_high: float | None = setting(None, limits=POSITIVE, help="Clip range above 1; null: clip_ratio.")
+    clip_ratio_c: float = setting(
+        3.0,
+        limits=ABOVE_1,
+        why="dual clip; the default is 3.0",
+        help="Dual clip: the largest ratio that counts where the advantage is negative (arXiv 1912.09729).",
+    )
+    policy_loss: str = setting("ppo_clip", choices=POLICY_LOSSES, help="The loss of a token; see docs/algorithm.md.")
+    loss_agg_mode: str = setting(
+        "token-mean", choices=AGGREGATION_MODES, help="How the losses of tokens are averaged; see docs/algorithm.md."
+    )
+    skip_zero_advantage: bool | None = setting(
+        None, help="Leaves rows without gradient out of all passes; null: where that is exact."
+    )
+    share_prompts: bool = setting(
+        False, on_resume=MAY_CHANGE, help="Computes a prompt once for all its answers in a micro-batch."
+    )
+    entropy_coeff: float = setting(0.0, limits=NOT_NEGATIVE, help="Weight of the entropy in the loss.")
+    use_kl_loss: bool = setting(False, help="Adds the KL to the reference policy to the loss.")
+    kl_loss_coef: float = setting(0.001, limits=NOT_NEGATIVE, help="Weight of the KL in the loss.")
+    kl_loss_type: str = setting(
+        "low_var_kl", choices=KL_KINDS, help="How the KL in the loss is estimated; see docs/algorithm.md."
+    )
+    megatron: Megatron = group(Megatron, on_resume=MAY_CHANGE)
+    fsdp_config: FsdpConfig = group(FsdpConfig, on_resume=MAY_CHANGE)
 
 
 @dataclass
 class RefMegatron:
-    param_offload: bool = False
+    """The reference policy has the policy's layout."""
+
+    param_offload: bool = setting(False, help="Keeps the reference policy's weights in host memory between uses.")
 
 
 @dataclass
 class Ref:
-    megatron: RefMegatron = field(default_factory=RefMegatron)
-    fsdp_config: RefFsdpConfig = field(default_factory=RefFsdpConfig)
+    """The reference policy, which exists where a KL is used."""
+
+    megatron: RefMegatron = group(RefMegatron)
+    fsdp_config: RefFsdpConfig = group(RefFsdpConfig)
 
 
 @dataclass
 class ValKwargs:
     """How validation answers are made: greedy, or n sampled ones per prompt."""
 
-    n: int = 1
-    do_sample: bool = False
-    temperature: float = 1.0
+    n: int = setting(1, limits=POSITIVE, help="Answers per prompt.")
+    do_sample: bool = setting(False, help="Samples the answers; False: greedy.")
+    temperature: float = setting(1.0, help="Temperature of sampled answers, 0.01 to 2.")
 
 
 @dataclass
 class RolloutConfig:
-    name: str = "vllm"
-    tensor_model_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.6
-    n: int = 1  # sampled answers per prompt; the greedy one comes on top
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    dtype: str | None = None  # None: the policy's dtype
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
-    kv_cache_gib: float = 1.0  # CPU only: KV cache per rank; on a GPU gpu_memory_utilization rules
-    enforce_eager: bool = False
-    model_runner: str = "v1"  # v1 | v2, GPU only: vLLM's; v2 draws other tokens from the same seeds
-    sync_bucket_mb: int = 1024  # weight sync: MiB of weights that are gathered at once; twice that is held at most
-    canary_threshold: float | None = None  # None: 1e-4 (maximum, float32) or 2e-2 (mean, bfloat16)
-    mismatch_threshold: float | None = None  # mean |engine - policy| of a batch, nats; None: 1e-3 (float32), 0.2 (bf16)
-    val_kwargs: ValKwargs = field(default_factory=ValKwargs)
+    """The engine, and how it answers the training prompts."""
+
+    name: str = setting(
+        "vllm",
+        choices=("vllm",),
+        why="rollouts are always generated by vLLM",
+        help="The engine that writes the answers.",
+    )
+    tensor_model_parallel_size: int = setting(
+        1, limits=POSITIVE, on_resume=MAY_CHANGE, help="Ranks between which the engine's matrices are cut."
+    )
+    gpu_memory_utilization: float = setting(
+        0.6,
+        limits=POSITIVE_SHARE,
+        why="it is vLLM's share of GPU memory",
+        on_resume=MAY_CHANGE,
+        help="GPU: the engine's share of the memory.",
+    )
+    n: int = setting(1, limits=POSITIVE, help="Sampled answers per prompt; the greedy one of ReMax comes on top.")
+    temperature: float = setting(1.0, help="Temperature of sampled answers, 0.01 to 2.")
+    top_p: float = setting(1.0, help="Sampling is from the whole distribution: 1.0 is needed.")
+    top_k: int = setting(-1, help="Sampling is from the whole distribution: -1 or 0 is needed.")
+    dtype: str | None = setting(
+        None, choices=(None, *DTYPES), why="null takes the policy's dtype", help="Type of the engine's weights."
+    )
+    max_num_seqs: int = setting(
+        256, limits=POSITIVE, on_resume=MAY_CHANGE, help="Answers that an engine replica writes at once, at most."
+    )
+    max_num_batched_tokens: int = setting(
+        8192, limits=POSITIVE, on_resume=MAY_CHANGE, help="Tokens in one step of the engine, at most."
+    )
+    kv_cache_gib: float = setting(1.0, limits=POSITIVE, on_resume=MAY_CHANGE, help="CPU: the KV cache per rank in GiB.")
+    enforce_eager: bool = setting(False, on_resume=MAY_CHANGE, help="GPU: runs the engine without CUDA graphs.")
+    model_runner: str = setting(
+        "v1", choices=("v1", "v2"), help="GPU: vLLM's model runner; v2 draws other tokens from the same seeds."
+    )
+    sync_bucket_mb: int = setting(
+        1024,
+        limits=POSITIVE,
+        on_resume=MAY_CHANGE,
+        help="MiB of weights that are gathered at once in a weight sync; twice that is held at most.",
+    )
+    canary_threshold: float | None = setting(
+        None,
+        limits=POSITIVE,
+        on_resume=MAY_CHANGE,
+        help="Largest difference of log-probabilities between engine and policy after a weight sync, in nats; null: "
+        "1e-4 (maximum, float32) or 2e-2 (mean, bfloat16).",
+    )
+    mismatch_threshold: float | None = setting(
+        None,
+        limits=POSITIVE,
+        on_resume=MAY_CHANGE,
+        help="Largest mean difference of log-probabilities over a batch, in nats; null: 1e-3 (float32) or 0.2 "
+        "(bfloat16).",
+    )
+    val_kwargs: ValKwargs = group(ValKwargs, on_resume=MAY_CHANGE)
 
 
 @dataclass
 class ActorRolloutRef:
-    model: Model = field(default_factory=Model)
-    actor: Actor = field(default_factory=Actor)
-    ref: Ref = field(default_factory=Ref)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The policy, the engine and the reference policy."""
+
+    model: Model = group(Model)
+    actor: Actor = group(Actor)
+    ref: Ref = group(Ref, on_resume=MAY_CHANGE)
+    rollout: RolloutConfig = group(RolloutConfig)
 
 
 @dataclass
 class KlCtrl:
-    type: str = "fixed"
-    kl_coef: float = 0.001
-    horizon: int = 10000
-    target_kl: float = 0.1
+    """The coefficient of the KL in the reward."""
+
+    type: str = setting("fixed", choices=KL_CONTROLLERS, help="Whether the coefficient stays, or follows target_kl.")
+    kl_coef: float = setting(0.001, limits=NOT_NEGATIVE, help="The coefficient, at the start where it is adaptive.")
+    horizon: int = setting(
+        10000, limits=POSITIVE, help="Answers in which an adaptive coefficient moves by 20 % at most."
+    )
+    target_kl: float = setting(0.1, limits=POSITIVE, help="What an adaptive coefficient aims at, in nats per token.")
 
 
 @dataclass
 class RolloutCorrection:
-    """Truncated importance sampling for the mismatch between engine and trainer; see algorithm.importance."""
+    """Truncated importance sampling for the mismatch between engine and trainer; see docs/algorithm.md."""
 
-    rollout_is: str | None = None  # token | sequence
-    rollout_is_threshold: float = 2.0
-    bypass_old_logprobs: bool = False  # PPO's ratio is taken against the engine's log-probabilities
+    rollout_is: str | None = setting(
+        None, choices=(None, *IMPORTANCE_LEVELS), help="Weights for tokens or for whole answers; null: none."
+    )
+    rollout_is_threshold: float = setting(2.0, limits=POSITIVE, help="The largest weight.")
+    bypass_old_logprobs: bool = setting(
+        False, help="Takes PPO's ratio against the engine's log-probabilities and saves the pass for the old ones."
+    )
 
 
 @dataclass
 class Algorithm:
-    adv_estimator: str = "remax"  # remax | rloo | grpo | reinforce | reward_softmax
-    norm_adv_by_std_in_grpo: bool = True
-    reward_softmax_temperature: float = 1.0
-    gamma: float = 1.0
-    use_kl_in_reward: bool = False
-    kl_penalty: str = "kl"
-    kl_reward_mode: str = "to_go"  # to_go (as verl) | one_step (as the author's repository)
-    kl_ctrl: KlCtrl = field(default_factory=KlCtrl)
-    rollout_correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+    """How rewards become advantages; see docs/algorithm.md."""
+
+    adv_estimator: str = setting("remax", choices=ESTIMATORS, help="The estimator of advantages.")
+    norm_adv_by_std_in_grpo: bool = setting(
+        True, help="Divides grpo's advantages by the standard deviation of the prompt's rewards."
+    )
+    reward_softmax_temperature: float = setting(
+        1.0, limits=POSITIVE, help="Temperature of reward_softmax, in units of the reward."
+    )
+    gamma: float = setting(1.0, help="The reward of a whole answer is not discounted: 1.0 is needed.")
+    use_kl_in_reward: bool = setting(False, help="Subtracts the KL to the reference policy from the reward.")
+    kl_penalty: str = setting(
+        "kl", choices=KL_KINDS, help="How the KL in the reward is estimated; see docs/algorithm.md."
+    )
+    kl_reward_mode: str = setting(
+        "to_go",
+        choices=KL_REWARD_MODES,
+        help="Whether a token answers for its own and all later KL, as in verl, or for its own, as in the authors' "
+        "repository.",
+    )
+    kl_ctrl: KlCtrl = group(KlCtrl)
+    rollout_correction: RolloutCorrection = group(RolloutCorrection)
 
 
 @dataclass
 class Trainer:
-    project_name: str = "remax_megatron"
-    experiment_name: str = "default"
-    logger: Any = field(default_factory=lambda: ["console"])  # of console, wandb, tensorboard; metrics.jsonl always
-    n_gpus_per_node: int = 8  # ranks per node; checked against the launcher's WORLD_SIZE
-    nnodes: int = 1
-    seed: int = 1
-    total_epochs: int = 1
-    total_training_steps: int | None = None  # stops earlier than total_epochs
-    save_freq: int = -1  # a checkpoint every so many steps and at the end of the run; -1: none
-    max_ckpt_to_keep: int = 3  # the newest; the best by validation is kept beside them
-    async_save: bool = False  # write checkpoints from a copy in host memory while training goes on
-    test_freq: int = -1
-    val_before_train: bool = True
-    default_local_dir: str = "runs/${trainer.project_name}/${trainer.experiment_name}"
-    resume_mode: str = "auto"  # auto: the newest sound checkpoint of default_local_dir, if any | disable | path
-    resume_from_path: str | None = None  # the checkpoint, or the folder of checkpoints, for resume_mode=path
-    stop_file: str = "${trainer.default_local_dir}/stop"  # when it appears, the run saves after the step and ends
-    critic_warmup: int = 0
-    device: str = "auto"  # auto | cuda | cpu
-    rollout_data_dir: str | None = None  # dump every rollout batch as JSONL
-    validation_data_dir: str | None = None  # dump the answers of every validation as JSONL
-    collective_timeout_s: int = 1800
-    watchdog_timeout_s: int = 1800  # a rank that is longer in one phase, or at one micro-batch, ends the run
-    profile_steps: Any = None  # a list of steps of which torch's profiler writes a trace to default_local_dir/profile
-    max_nonfinite_updates: int = 3  # in a row, each skipped, before the run stops
-    export_hf: bool = True  # write the final policy as a Hugging Face folder to default_local_dir/hf
+    """The run: its length, its ranks, and what it writes."""
+
+    project_name: str = setting("remax_megatron", help="Project of the loggers, and part of the default folder.")
+    experiment_name: str = setting("default", help="Name of the run, and part of the default folder.")
+    logger: Any = setting(["console"], help=f"A list of {', '.join(LOGGERS)}; metrics.jsonl is always written.")
+    n_gpus_per_node: int = setting(8, limits=POSITIVE, help="Ranks per node; the launcher has to start as many.")
+    nnodes: int = setting(1, limits=POSITIVE, help="Nodes.")
+    seed: int = setting(
+        1, limits=NOT_NEGATIVE, on_resume=MUST_MATCH, help="Sampling and shuffling are functions of it and the step."
+    )
+    total_epochs: int = setting(1, limits=POSITIVE, help="Passes over the training prompts.")
+    total_training_steps: int | None = setting(
+        None, limits=POSITIVE, help="Steps after which the run ends, if that comes before total_epochs."
+    )
+    save_freq: int = setting(
+        -1,
+        limits=POSITIVE_OR_NONE,
+        help="Writes a checkpoint every so many steps and at the end of the run; -1 or 0: none.",
+    )
+    max_ckpt_to_keep: int = setting(
+        3, limits=POSITIVE, help="Checkpoints that are kept: the newest, and the best by validation beside them."
+    )
+    async_save: bool = setting(
+        False, help="Writes checkpoints from a copy in host memory while the training continues."
+    )
+    test_freq: int = setting(-1, limits=POSITIVE_OR_NONE, help="Validates every so many steps; -1 or 0: never.")
+    val_before_train: bool = setting(True, help="Validates before the first step.")
+    default_local_dir: str = setting(
+        "runs/${trainer.project_name}/${trainer.experiment_name}",
+        path=True,
+        help="The folder of the run: metrics, settings, checkpoints and the trained model.",
+    )
+    resume_mode: str = setting(
+        "auto",
+        choices=("auto", "disable", "path"),
+        help="Resumes from the newest sound checkpoint of the run's folder, if there is one; from none; or from "
+        "resume_from_path.",
+    )
+    resume_from_path: str | None = setting(
+        None, path=True, help="The checkpoint, or the folder of checkpoints, for resume_mode=path."
+    )
+    stop_file: str = setting(
+        "${trainer.default_local_dir}/stop",
+        path=True,
+        help="When this file appears, the run saves after the current step and ends.",
+    )
+    critic_warmup: int = setting(0, limits=NOT_NEGATIVE, help="Has no effect: ReMax has no critic.")
+    device: str = setting(
+        "auto", choices=("auto", "cuda", "cpu"), help="Where the run computes; auto: on a GPU if there is one."
+    )
+    rollout_data_dir: str | None = setting(
+        None, path=True, help="A folder for the prompts, answers and rewards of every batch, as JSON lines."
+    )
+    validation_data_dir: str | None = setting(
+        None, path=True, help="A folder for the answers of every validation, as JSON lines."
+    )
+    collective_timeout_s: int = setting(
+        1800, limits=POSITIVE, help="Seconds after which a collective that waits for a rank fails."
+    )
+    watchdog_timeout_s: int = setting(
+        1800, limits=POSITIVE, help="Seconds that a rank may be in one phase, or at one micro-batch; then the run ends."
+    )
+    profile_steps: Any = setting(
+        None, help="A list of steps of which torch's profiler writes a trace to default_local_dir/profile."
+    )
+    max_nonfinite_updates: int = setting(
+        3, limits=POSITIVE, help="Updates in a row that may be skipped because they are not finite; then the run ends."
+    )
+    export_hf: bool = setting(True, help="Writes the final policy as a Hugging Face folder to default_local_dir/hf.")
 
 
 @dataclass
 class CustomRewardFunction:
-    path: str | None = None
-    name: str = "compute_score"
+    """A reward of your own."""
+
+    path: str | None = setting(None, path=True, help="A Python file; null: the reward of the row's data_source.")
+    name: str = setting("compute_score", help="The function in that file.")
 
 
 @dataclass
 class Reward:
-    """The processes that score answers; see rewards.pool."""
+    """The processes that score answers; see docs/algorithm.md."""
 
-    num_workers: int = 4  # per engine replica
-    timeout_s: float = 10.0  # of one answer; code.py's own limit is 8
-    max_failure_share: float = 0.05  # of a batch's rewards that may fail (and count 0) before the run stops
-    memory_gib: float | None = 4.0  # address space of a worker
+    num_workers: int = setting(4, limits=POSITIVE, on_resume=MAY_CHANGE, help="Processes per engine replica.")
+    timeout_s: float = setting(
+        10.0, limits=POSITIVE, help="Seconds in which an answer has to be scored; code.py's own limit is 8."
+    )
+    max_failure_share: float = setting(
+        0.05,
+        limits=SHARE,
+        why="it is a share of the rewards",
+        on_resume=MAY_CHANGE,
+        help="Share of a batch's rewards that may fail, and count as 0; above it the run ends.",
+    )
+    memory_gib: float | None = setting(
+        4.0, limits=POSITIVE, help="Address space of a process in GiB; null: not limited."
+    )
 
 
 @dataclass
 class Config:
-    data: Data = field(default_factory=Data)
-    actor_rollout_ref: ActorRolloutRef = field(default_factory=ActorRolloutRef)
-    algorithm: Algorithm = field(default_factory=Algorithm)
-    trainer: Trainer = field(default_factory=Trainer)
-    custom_reward_function: CustomRewardFunction = field(default_factory=CustomRewardFunction)
-    reward: Reward = field(default_factory=Reward)
+    """All settings."""
+
+    data: Data = group(Data)
+    actor_rollout_ref: ActorRolloutRef = group(ActorRolloutRef)
+    algorithm: Algorithm = group(Algorithm)
+    trainer: Trainer = group(Trainer, on_resume=MAY_CHANGE)
+    custom_reward_function: CustomRewardFunction = group(CustomRewardFunction)
+    reward: Reward = group(Reward)
+
+
+SETTINGS = settings_of(Config)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A setting that may be null, one value or a list of values, as a list."""
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def expects_cpu(config: Config) -> bool:
+    """Whether the run will be on the CPU, told without torch: "auto" looks for an NVIDIA device file."""
+    if config.trainer.device != "auto":
+        return config.trainer.device == "cpu"
+    return not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists()
 
 
 def needs_reference(config: Config) -> bool:
@@ -277,20 +586,6 @@ def skips_zero_advantage(config: Config) -> bool:
     if actor.skip_zero_advantage is None:
         return not needs_reference(config) and actor.entropy_coeff == 0
     return actor.skip_zero_advantage
-
-
-@dataclass(frozen=True)
-class Recompute:
-    """Which activations the backward pass computes again. `granularity` is none, selective or full; `method` and
-    `num_layers` go with full, `modules` with selective."""
-
-    granularity: str = "none"
-    method: str = "uniform"
-    num_layers: int = 1
-    modules: tuple[str, ...] = ("mlp",)
-
-
-NO_RECOMPUTE = Recompute()
 
 
 def recompute_of(config: Config) -> Recompute:

@@ -29,9 +29,11 @@ class Command(argparse.ArgumentParser):
         self.add = self.add_argument
 
     def add_workers(self) -> None:
+        """Add --workers."""
         self.add("--workers", type=_positive, metavar="N", help="threads (default: one per processor, at most 8)")
 
     def add_writing_options(self) -> None:
+        """Add the options of all commands that write a folder."""
         self.add_workers()
         self.add("--resume", action="store_true", help="go on with a conversion that was interrupted")
 

@@ -22,7 +22,7 @@ import xxhash
 from tqdm import tqdm
 
 from remax_megatron.convert.partial_folder import JOURNAL, Journal, partial_folder
-from remax_megatron.model.mapped import Extent, MappedFiles, blocks
+from remax_megatron.weights.mapped import Extent, MappedFiles, blocks
 
 BLOCK_BYTES = 2**20  # fits the second-level cache: a block is hashed and written while it is there
 MAX_VECTORS = 1024  # of one pwritev (Linux IOV_MAX)
@@ -87,6 +87,7 @@ class Report:
 
 
 def default_workers() -> int:
+    """Return how many processes copy by default."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -119,7 +120,13 @@ def write_folder(
 ) -> Report:
     """Write `files` in the new folder `output`; `finish(folder, digests)` then adds the small files.
 
-    `inputs` are the files that are read; `started` is when the conversion began (time.perf_counter), for the report.
+    jobs     the tensors that fill the files
+    inputs   files that are read
+    started  when the conversion began (time.perf_counter), for the report
+    cast     how elements are converted, None: they are copied
+    workers  threads, None: `default_workers`
+    resume   whether an interrupted conversion is continued
+    title    of the progress bar
 
     ConversionError when `output` exists or cannot be written, the disk is full, or an interrupted conversion to
     `output` was left behind (without `resume`) or was started from other input (with it).

@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.convert.command import Command, run_command
 from remax_megatron.convert.copying import Cast, Job, OutputFile, Piece, Report, write_folder
-from remax_megatron.convert.manifest import write_manifest
 from remax_megatron.convert.partial_folder import ConversionError
-from remax_megatron.convert.torch_dist_writer import (
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.hf_folder import INDEX, HfLayout, HfWeights, check_folder, expected_shapes, side_files
+from remax_megatron.weights.megatron_folder import TRACKER
+from remax_megatron.weights.tensor_manifest import write_manifest
+from remax_megatron.weights.torch_dist import saved_key
+from remax_megatron.weights.torch_dist_writer import (
     ITEM_ALIGNMENT,
     Item,
     common_files,
@@ -32,10 +35,7 @@ from remax_megatron.convert.torch_dist_writer import (
     metadata,
     object_item,
 )
-from remax_megatron.model.hf_folder import INDEX, HfLayout, HfWeights, check_folder, expected_shapes, side_files
-from remax_megatron.model.megatron_folder import TRACKER
-from remax_megatron.model.torch_dist import saved_key
-from remax_megatron.model.weight_table import RowRun, WeightEntry, padded_vocab_size, row_runs, weight_table
+from remax_megatron.weights.weight_table import RowRun, WeightEntry, padded_vocab_size, row_runs, weight_table
 
 ITERATION_FOLDER = "iter_0000000"
 MAX_FILE_BYTES = 2 * 10**9
@@ -188,6 +188,7 @@ def _within(runs: list[RowRun], start: int, stop: int) -> list[RowRun]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Convert a Hugging Face folder, as the command line says; returns the exit code."""
     command = Command("convert/hf_to_megatron.py", __doc__)
     command.add("--hf", required=True, metavar="DIR", help="Hugging Face folder: config.json and safetensors")
     command.add("--output", required=True, metavar="DIR", help="new folder for the Megatron checkpoint")

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from remax_megatron.model.hf_folder import HF_EMBEDDING, HF_HEAD, FolderError, HfWeights
-from remax_megatron.model.mapped import Extent, MappedFiles
-from remax_megatron.model.megatron_folder import MegatronWeights, model_folder, open_model
+from remax_megatron.weights.hf_folder import HF_EMBEDDING, HF_HEAD, FolderError, HfWeights
+from remax_megatron.weights.mapped import Extent, MappedFiles
+from remax_megatron.weights.megatron_folder import MegatronWeights, model_folder, open_model
 
 HEAD_ROWS = 8192  # rows of the head that are multiplied at once
 PROMPTS = (

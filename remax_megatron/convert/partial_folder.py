@@ -43,6 +43,7 @@ class Journal:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def record(self, job: str, digests: dict[str, str]) -> None:
+        """Note that `job` is done; a later run with --resume does not repeat it."""
         with self.lock:
             self.file.write(json.dumps({"job": job, "digests": digests}) + "\n")
             self.file.flush()

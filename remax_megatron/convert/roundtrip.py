@@ -17,7 +17,7 @@ from remax_megatron.convert import hf_to_megatron, megatron_to_hf
 from remax_megatron.convert.command import Command, run_command
 from remax_megatron.convert.partial_folder import ConversionError
 from remax_megatron.convert.verify import Verdict, compare, report
-from remax_megatron.model.hf_folder import INDEX, SIDE_FILES, HfWeights
+from remax_megatron.weights.hf_folder import INDEX, SIDE_FILES, HfWeights
 
 
 def roundtrip(folder: str | Path, work: Path, workers: int | None = None) -> Verdict:
@@ -35,6 +35,7 @@ def roundtrip(folder: str | Path, work: Path, workers: int | None = None) -> Ver
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Convert there and back, compare bytes; returns the exit code."""
     command = Command("convert/roundtrip.py", __doc__)
     command.add("folder", metavar="DIR", help="Hugging Face folder")
     command.add("--work", metavar="DIR", help="folder for the copies")

@@ -3,7 +3,7 @@
     python convert/verify.py DIR_A DIR_B [--logits] [--tolerance 1e-4] [--json FILE] [--workers N]
     python convert/verify.py DIR
 
-Names, shapes, types and bytes must be equal; every tensor gets a digest, and digests that a folder's manifest.json
+Names, shapes, types and bytes must be equal; every tensor gets a digest, and digests that a folder's manifest
 holds must be those of its tensors. With --logits the two models also answer a few prompts, layer by layer in float32,
 so that a 32B model needs the memory of one layer; Megatron's fused tensors are taken apart by their definition, not by
 the converters' table.
@@ -27,10 +27,10 @@ from remax_megatron.atomic import replacing
 from remax_megatron.convert.command import EXIT_DIFFERENT, Command, run_command
 from remax_megatron.convert.copying import BLOCK_BYTES, default_workers, digest, peak_gib
 from remax_megatron.convert.logits import max_logit_difference
-from remax_megatron.convert.manifest import MANIFEST, read_manifest
-from remax_megatron.model.hf_folder import FolderError, expected_shapes
-from remax_megatron.model.mapped import MappedFiles, blocks
-from remax_megatron.model.megatron_folder import open_model, weights_folder
+from remax_megatron.weights.hf_folder import FolderError, expected_shapes
+from remax_megatron.weights.mapped import MappedFiles, blocks
+from remax_megatron.weights.megatron_folder import open_model, weights_folder
+from remax_megatron.weights.tensor_manifest import MANIFEST, manifest_path, read_manifest
 
 SHOWN = 10  # differences that are printed one by one
 
@@ -93,7 +93,9 @@ def compare(a: str | Path, b: str | Path | None = None, *, workers: int | None =
         for name in said.keys() | tensors.keys() if manifest is not None else ():
             is_there = {} if name not in tensors else asdict(tensors[name])
             if json.loads(json.dumps(is_there)) != said.get(name):
-                verdict.differences.append(f"{name}: {folder} is not what its {MANIFEST} says")
+                verdict.differences.append(
+                    f"{name}: {folder} is not what its {manifest_path(weights_folder(folder)).name} says"
+                )
     if b is not None:
         mine, other = found[str(a)], found[str(b)]
         for name in mine.keys() | other.keys():
@@ -110,6 +112,7 @@ def compare(a: str | Path, b: str | Path | None = None, *, workers: int | None =
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Verify a converted folder, as the command line says; returns the exit code."""
     command = Command("convert/verify.py", __doc__)
     command.add("folders", nargs="+", metavar="DIR", help="Hugging Face folder or Megatron checkpoint; one or two")
     command.add("--logits", action="store_true", help="also compare what the two models answer to a few prompts")

@@ -199,6 +199,7 @@ def ensure_policy(cache_dir: str | Path, seed: int = 0, num_steps: int = NUM_STE
 
 
 def main() -> None:
+    """Train the demo's policy ahead, as the command line says."""
     parser = argparse.ArgumentParser(description="Build the demo's warm-started policy.")
     parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist yet")
     parser.add_argument("--seed", type=int, default=0)

@@ -231,6 +231,7 @@ def ensure_data(cache_dir: str | Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
+    """Write the word problems, as the command line says."""
     parser = argparse.ArgumentParser(description="Write train.parquet and test.parquet of arithmetic word problems.")
     parser.add_argument("--local_dir", required=True, type=Path)
     parser.add_argument("--num_train", type=int, default=NUM_TRAIN)

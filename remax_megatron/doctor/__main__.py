@@ -24,12 +24,14 @@ from pathlib import Path
 
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
-from remax_megatron.config.model_facts import HUB_ID, ModelFacts, resolve_model_facts
-from remax_megatron.config.rules import expects_cpu, validate, validate_files
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.model_path import HUB_ID, resolve_model_facts
+from remax_megatron.config.rules import validate, validate_files
+from remax_megatron.config.schema import Config, expects_cpu
 from remax_megatron.doctor import machine, reachability, stack
 from remax_megatron.doctor.findings import OK, PROBLEM, SETTINGS, WARNING, Finding, show
 from remax_megatron.environment import QUIET, check_attention
+from remax_megatron.errors import UserError
+from remax_megatron.model_facts import ModelFacts
 
 QUIETER = QUIET | {"TORCH_CPP_LOG_LEVEL": "FATAL"}  # an unreachable store is a finding, not a C++ stack
 
@@ -86,7 +88,7 @@ def settings(config: Config, world_size: int, notes: Sequence[str], findings: li
             facts = resolve_model_facts(path)
             validate(config, world_size, facts)
             what = f"{facts.num_layers} layers of {facts.hidden_size}"
-    except ConfigError as error:
+    except UserError as error:
         fact, _, fix = " ".join(str(error).split()).rpartition("; ")
         findings.append(Finding(SETTINGS, PROBLEM, fact or fix, fix if fact else ""))
         return None

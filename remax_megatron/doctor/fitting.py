@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.rules import ACTOR, MEGATRON, ROLLOUT, expects_cpu, validate, value_of
-from remax_megatron.config.schema import Config, ConfigError, recompute_of
+from remax_megatron.config.rules import validate
+from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, ConfigError, expects_cpu, recompute_of
+from remax_megatron.config.setting import set_value
+from remax_megatron.model_facts import ModelFacts
 
 TOKENS = f"{ACTOR}.ppo_max_token_len_per_gpu"
 GRANULARITY = f"{MEGATRON}.override_transformer_config.recompute_granularity"
@@ -52,8 +53,7 @@ def fitting_change(
 def with_setting(config: Config, key: str, value: Any) -> Config:
     """A copy of `config` with `value` under the dotted `key`."""
     changed = copy.deepcopy(config)
-    *path, name = key.split(".")
-    setattr(value_of(changed, ".".join(path)), name, value)
+    set_value(changed, key, value)
     return changed
 
 

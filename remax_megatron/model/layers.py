@@ -4,7 +4,7 @@
                         gradients to the float32 buffer themselves, and one kernel rotates queries and keys
     local               plain torch modules, on any device
 
-The two differ in the names of the norms' weights alone, see `TE_NAMES` in `model/weight_table.py`: weights and
+The two differ in the names of the norms' weights alone, see `TE_NAMES` in `weights/weight_table.py`: weights and
 checkpoints of one are those of the other. The attention is chosen apart from the layers, in `model/attention.py`.
 """
 

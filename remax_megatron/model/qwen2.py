@@ -1,7 +1,7 @@
 """Qwen2 / Qwen2.5 as Megatron-Core `GPTModel` chunks whose output is the hidden states before the head.
 
 The head is applied by `remax_megatron.algorithm.logprob` to the scored positions only, so the logits of a whole
-micro-batch never exist. Weights come from `remax_megatron.model.weights`.
+micro-batch never exist. Weights come from `remax_megatron.model.live_weights`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.config.schema import Recompute
 from remax_megatron.model.attention import PackedRows
 from remax_megatron.model.layers import layer_spec
-from remax_megatron.model.weight_table import padded_vocab_size
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.types import Recompute
+from remax_megatron.weights.weight_table import padded_vocab_size
 
 
 class HiddenStatesModel(GPTModel):

@@ -23,11 +23,11 @@ from torch import Tensor
 from remax_megatron.algorithm.logprob import head_logprob
 from remax_megatron.batching.packed import PackedBatch, num_shared_tokens, pack, prompt_groups
 from remax_megatron.batching.schedule import Schedule, row_cost, schedule_by_rows, schedule_by_tokens
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.model.attention import choose_backend, packed_rows
 from remax_megatron.model.layers import choose_layers
+from remax_megatron.model.live_weights import load_weights
 from remax_megatron.model.qwen2 import build_chunks, transformer_config
-from remax_megatron.model.weights import load_weights
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import watchdog
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.policy.settings import PolicySettings

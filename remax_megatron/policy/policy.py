@@ -21,10 +21,10 @@ from remax_megatron.algorithm.logprob import head_full_kl
 from remax_megatron.algorithm.objective import MISMATCH, Objective, Terms
 from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.guards import Skip, skip_reason
 from remax_megatron.model.layers import fuse_weight_gradients
-from remax_megatron.model.weights import WeightStream
+from remax_megatron.model.live_weights import WeightStream
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.phases import PhaseTimer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
-from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout
 from remax_megatron.policy.packed_model import PackedModel, Scored
 from remax_megatron.policy.settings import PolicySettings

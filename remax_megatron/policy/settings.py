@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from remax_megatron.algorithm.losses import Clip
 from remax_megatron.algorithm.objective import Objective
-from remax_megatron.config.schema import NO_RECOMPUTE, Actor, Config, Recompute, RolloutCorrection, recompute_of
+from remax_megatron.config.schema import Actor, Config, RolloutCorrection, recompute_of
+from remax_megatron.types import NO_RECOMPUTE, Recompute
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ read at any other. The names are Megatron's:
     optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight     and exp_avg_sq: float32
     optimizer.state.fp32_param.decoder.layers.mlp.linear_fc1.weight  only where the weights are not float32
 
-Written by `megatron.core.dist_checkpointing` (checkpoint/saver.py), read by model/torch_dist.py, which runs no pickle.
+Written by `megatron.core.dist_checkpointing` (checkpoint/saver.py), read by weights/torch_dist.py, which runs no
+pickle.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from remax_megatron.model.hf_folder import FolderError
-from remax_megatron.model.mapped import MappedFiles
-from remax_megatron.model.torch_dist import EXTRA_STATES, TorchDist, saved_key
-from remax_megatron.model.weight_table import (
+from remax_megatron.model.live_weights import table_parameters
+from remax_megatron.parallel import watchdog
+from remax_megatron.policy.policy import Policy
+from remax_megatron.weights.hf_folder import FolderError
+from remax_megatron.weights.mapped import MappedFiles
+from remax_megatron.weights.torch_dist import EXTRA_STATES, TorchDist, saved_key
+from remax_megatron.weights.weight_table import (
     EMBEDDING,
     HEAD,
     WeightEntry,
@@ -34,9 +38,6 @@ from remax_megatron.model.weight_table import (
     shard_runs,
     weight_table,
 )
-from remax_megatron.model.weights import table_parameters
-from remax_megatron.parallel import watchdog
-from remax_megatron.policy.policy import Policy
 
 MASTER, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
 

@@ -71,19 +71,23 @@ class Progress:
         whole.release()
 
     def set(self, index: int, started: float) -> None:
+        """Note that the worker is at sample `index` since `started`."""
         self._started[0] = math.inf  # never the new index with the old time
         self._index[0] = index
         self._started[0] = started
 
     @property
     def index(self) -> int:
+        """Return the sample that the worker is at."""
         return self._index[0]
 
     @property
     def started(self) -> float:
+        """Return when its clock started."""
         return self._started[0]
 
     def close(self) -> None:
+        """Give the shared memory up."""
         self._index.release()
         self._started.release()
         self._map.close()

@@ -13,17 +13,21 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remax_megatron.config.rules import refuse_expandable_segments
+from remax_megatron.config.rules.machine import refuse_expandable_segments
 from remax_megatron.config.schema import RolloutConfig
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.seeds import derive_seed
 from remax_megatron.types import Completion, Prompt, Rollout
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 VALIDATION = 2**32 - 1  # in seeds, where training has the number of its step
 ASLEEP_GROWTH = 0.3 * 2**30  # bytes that the device may hold more from one sleep to a later one without a word
@@ -89,27 +93,32 @@ class Engine:
         os.environ["VLLM_NO_USAGE_STATS"] = "1"  # it would report to its makers from a thread
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         on_device = self._prepare_cpu() if device.type == "cpu" else self._prepare_gpu(dtype)
-        with _our_process_state(device):
+        self._llm = self._build_llm(model_folder, dtype, max_prompt_length + max_response_length, on_device)
+        if dtype != "float32":
+            self._llm.collective_rpc(_compute_logits_in_float32)
+
+    def _build_llm(self, model_folder: str, dtype: str, max_model_len: int, on_device: dict) -> LLM:
+        """vLLM with random weights and sequences of up to `max_model_len` tokens; collective over the world."""
+        config = self.config
+        with _our_process_state(self.device):
             from vllm import LLM
 
-            self._llm = LLM(
+            return LLM(
                 model=model_folder,
                 load_format="dummy",  # the first weight sync brings the weights, and the canary proves it
                 skip_tokenizer_init=True,
                 tensor_parallel_size=config.tensor_model_parallel_size,
                 distributed_executor_backend="external_launcher",
                 dtype=dtype,
-                seed=seed % 2**31,
+                seed=self.seed % 2**31,
                 enable_prefix_caching=True,
-                max_model_len=max_prompt_length + max_response_length,
+                max_model_len=max_model_len,
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 logprobs_mode="processed_logprobs",
                 disable_log_stats=True,
                 **on_device,
             )
-        if dtype != "float32":
-            self._llm.collective_rpc(_compute_logits_in_float32)
 
     def _prepare_cpu(self) -> dict:
         """Set up the process; returns vLLM's arguments for a CPU. Collective."""

@@ -6,7 +6,7 @@ What is here comes on top, and was counted on vLLM 0.24 with real tensors (tests
 
 from __future__ import annotations
 
-from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.model_facts import ModelFacts
 
 CANARY_TOKENS = 256  # of a canary's prompt: its logits exist at once, over the whole vocabulary
 _VOCABULARY_BLOCK = 64  # rows, to a multiple of which vLLM pads the vocabulary

@@ -11,8 +11,8 @@ import torch
 from remax_megatron.convert.hf_to_megatron import ITERATION_FOLDER
 from remax_megatron.convert.hf_to_megatron import convert as hf_to_megatron
 from remax_megatron.convert.megatron_to_hf import convert as megatron_to_hf
-from remax_megatron.model.megatron_folder import TRACKER
-from remax_megatron.model.torch_dist import TorchDist
+from remax_megatron.weights.megatron_folder import TRACKER
+from remax_megatron.weights.torch_dist import TorchDist
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
 from tests.test_convert_layouts import PRELOAD, bits, build, worlds
@@ -32,8 +32,8 @@ def worker(folder: Path) -> list[str]:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from remax_megatron.config.model_facts import ModelFacts
-    from remax_megatron.model.weights import load_weights
+    from remax_megatron.model.live_weights import load_weights
+    from remax_megatron.model_facts import ModelFacts
 
     different = []
     for names, layout in worlds(WAVES):

@@ -10,7 +10,7 @@ import os
 import pytest
 import torch
 
-from remax_megatron.config.schema import Recompute
+from remax_megatron.types import Recompute
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
 from tests.test_exactness import recorded_rows, relative_difference
@@ -102,9 +102,9 @@ def bfloat16_worker(folder: str):
     from transformer_engine.pytorch.optimizers import FusedAdam
 
     from remax_megatron.algorithm.aggregation import weigh_rows
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
     from remax_megatron.errors import UserError
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings

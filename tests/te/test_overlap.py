@@ -24,8 +24,8 @@ BUCKET = 20_000  # weights
 
 
 def build(folder: str, device, pp: int, overlap: str):
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
     from remax_megatron.policy import policy
     from remax_megatron.policy.settings import PolicySettings

@@ -28,7 +28,7 @@ LIMITS = {LOGITS: 1e-4, GRADIENT: 5e-6, STREAM: 0.0}
 
 @contextmanager
 def norms_swapped() -> Iterator[None]:
-    from remax_megatron.model.weight_table import TE_NAMES
+    from remax_megatron.weights.weight_table import TE_NAMES
 
     with mock.patch.dict(TE_NAMES, zip(TE_NAMES, reversed(TE_NAMES.values()), strict=True)):
         yield
@@ -36,9 +36,9 @@ def norms_swapped() -> Iterator[None]:
 
 @contextmanager
 def key_and_value_swapped() -> Iterator[None]:
-    from remax_megatron.model import weights
+    from remax_megatron.model import live_weights
 
-    real = weights.to_megatron
+    real = live_weights.to_megatron
 
     def swapped(entry, tensors, *rest):
         names = list(tensors)
@@ -46,7 +46,7 @@ def key_and_value_swapped() -> Iterator[None]:
             tensors = {names[0]: tensors[names[0]], names[1]: tensors[names[2]], names[2]: tensors[names[1]]}
         return real(entry, tensors, *rest)
 
-    with mock.patch.object(weights, "to_megatron", swapped):
+    with mock.patch.object(live_weights, "to_megatron", swapped):
         yield
 
 
@@ -141,8 +141,8 @@ def worker(payload) -> dict[str, dict[str, float | str]]:
     """{bug, or "none": {check: how far off, or what it said}}. TP 2 with sequence parallelism; DP 2 for the stream."""
     from megatron.core import parallel_state as mpu
 
-    from remax_megatron.config.model_facts import ModelFacts
     from remax_megatron.config.schema import Actor
+    from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from remax_megatron.algorithm.estimators import grpo, reinforce, remax, reward_softmax, rloo
-from remax_megatron.errors import UserError
 
 Advantages = Callable[[Sequence[Sequence[float]], Sequence[float] | None], list[list[float]]]
 
@@ -20,7 +19,7 @@ Advantages = Callable[[Sequence[Sequence[float]], Sequence[float] | None], list[
 class Estimator:
     """`advantages(rewards, greedy)` with its options bound.
 
-    `needs_greedy`: the engine must also answer greedily. `min_samples`: the least `actor_rollout_ref.rollout.n`.
+    `needs_greedy`: the engine must also answer greedily. `min_samples`: the fewest sampled answers per prompt.
     `unbiased`: the expectation of mean_i A_i grad log pi(y_i) is the gradient of the expected reward, exactly.
     """
 
@@ -42,15 +41,9 @@ NAMES = tuple(estimator.name for estimator in _ESTIMATORS)
 
 
 def get_estimator(name: str, *, norm_by_std: bool = True, temperature: float = 1.0) -> Estimator:
-    """The estimator of `algorithm.adv_estimator`; `norm_by_std` is grpo's option, `temperature` reward_softmax's.
-
-    UserError for an unknown name and for a temperature that is not above 0.
-    """
-    for estimator in _ESTIMATORS:
-        if estimator.name == name:
-            break
-    else:
-        raise UserError(f"algorithm.adv_estimator={name} is not known: set one of {', '.join(NAMES)}")
+    """The estimator `name`, one of NAMES; `norm_by_std` is grpo's option, `temperature` reward_softmax's."""
+    assert name in NAMES, name
+    estimator = _ESTIMATORS[NAMES.index(name)]
     if name == "grpo":
         return replace(estimator, advantages=partial(grpo.advantages, norm_by_std=norm_by_std))
     if name == "reward_softmax":

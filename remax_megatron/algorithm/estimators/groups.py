@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from remax_megatron.errors import UserError
-
 
 def require_two(name: str, rewards: Sequence[Sequence[float]]) -> None:
-    """UserError when a prompt has fewer than two answers, so that estimator `name` has nothing to compare."""
+    """ValueError when a prompt has fewer than two answers, so that estimator `name` has nothing to compare."""
     for number, group in enumerate(rewards):
         if len(group) < 2:
-            raise UserError(
-                f"algorithm.adv_estimator={name} compares the answers of one prompt and needs at least 2, but prompt "
-                f"{number} of the batch has {len(group)}: set actor_rollout_ref.rollout.n to 2 or more, or "
-                "algorithm.adv_estimator to remax"
+            raise ValueError(
+                f"{name} compares the answers to a prompt and needs at least 2, but prompt {number} of the batch has "
+                f"{len(group)}"
             )
 
 

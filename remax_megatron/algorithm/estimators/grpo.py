@@ -28,7 +28,7 @@ EPSILON = 1e-6
 def advantages(
     rewards: Sequence[Sequence[float]], greedy: Sequence[float] | None = None, *, norm_by_std: bool = True
 ) -> list[list[float]]:
-    """[prompts][n] advantages of rewards [prompts][n]; `greedy` is not used. UserError where n < 2."""
+    """[prompts][n] advantages of rewards [prompts][n]; `greedy` is not used. ValueError where n < 2."""
     require_two("grpo", rewards)
     centred = [[difference / len(group) for difference in summed_differences(group)] for group in rewards]
     if not norm_by_std:

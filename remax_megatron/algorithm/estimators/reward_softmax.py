@@ -3,7 +3,7 @@
     w_i = exp(r_i / T) / sum_j exp(r_j / T) over the n answers of a prompt;   A_i = n w_i
 
 A loss that is a mean over the n answers divides by n, so A_i = n w_i makes its gradient the guide's sum: exactly
-under loss_agg_mode "seq-mean-token-sum"; under "token-mean", for answers of equal length, up to that length. The mean
+under aggregation "seq-mean-token-sum"; under "token-mean", for answers of equal length, up to that length. The mean
 of A over a prompt is 1.
 
 This is not ReMax and not a policy gradient of the expected reward: as n grows it tends to the gradient of
@@ -27,7 +27,6 @@ import math
 from collections.abc import Sequence
 
 from remax_megatron.algorithm.estimators.groups import require_two
-from remax_megatron.errors import UserError
 
 
 def advantages(
@@ -35,7 +34,7 @@ def advantages(
 ) -> list[list[float]]:
     """[prompts][n] advantages n w_i of rewards [prompts][n]; `greedy` is not used.
 
-    UserError where n < 2 or when `temperature` (in units of the reward) is not a finite number above 0.
+    `temperature` is above 0, in units of the reward. ValueError where n < 2.
     """
     require_two("reward_softmax", rewards)
     check_temperature(temperature)
@@ -43,7 +42,7 @@ def advantages(
 
 
 def effective_sample_size(rewards: Sequence[Sequence[float]], temperature: float = 1.0) -> float:
-    """Mean over the prompts of 1 / sum_i w_i^2, from 1 to n. UserError for what `advantages` refuses, ValueError when
+    """Mean over the prompts of 1 / sum_i w_i^2, from 1 to n. ValueError for what `advantages` refuses and when
     there is no prompt."""
     require_two("reward_softmax", rewards)
     check_temperature(temperature)
@@ -53,12 +52,8 @@ def effective_sample_size(rewards: Sequence[Sequence[float]], temperature: float
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not above 0."""
-    if not (math.isfinite(temperature) and temperature > 0.0):
-        raise UserError(
-            f"the temperature of algorithm.adv_estimator=reward_softmax is {temperature}: it must be a finite number "
-            "above 0, in units of the reward; 1.0 is the default"
-        )
+    """Asserts that a temperature is above 0."""
+    assert 0.0 < temperature < math.inf, temperature
 
 
 def _weights(group: Sequence[float], temperature: float) -> list[float]:

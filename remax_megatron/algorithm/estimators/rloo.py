@@ -18,6 +18,6 @@ from remax_megatron.algorithm.estimators.groups import require_two, summed_diffe
 
 
 def advantages(rewards: Sequence[Sequence[float]], greedy: Sequence[float] | None = None) -> list[list[float]]:
-    """[prompts][n] advantages of rewards [prompts][n]; `greedy` is not used. UserError where n < 2."""
+    """[prompts][n] advantages of rewards [prompts][n]; `greedy` is not used. ValueError where n < 2."""
     require_two("rloo", rewards)
     return [[difference / (len(group) - 1) for difference in summed_differences(group)] for group in rewards]

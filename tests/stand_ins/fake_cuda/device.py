@@ -192,6 +192,13 @@ def _replace_process_groups(recorder: Recorder) -> None:
         note("all_gather_object", group)
         parts[:] = [mine] * len(parts)
 
+    def gather_object(
+        obj: Any, object_gather_list: list | None = None, dst: int | None = None, group: Any = None
+    ) -> None:
+        note("gather_object", group, dst)
+        if object_gather_list is not None:
+            object_gather_list[:] = [obj] * len(object_gather_list)
+
     def broadcast_object_list(objects: list, src: int | None = None, group: Any = None, **kwargs: Any) -> None:
         note("broadcast_object_list", group, src)
 
@@ -199,9 +206,11 @@ def _replace_process_groups(recorder: Recorder) -> None:
         note("barrier", group)
 
     def batch_isend_irecv(operations: Sequence[Any]) -> list:
-        return [one.op(one.tensor, one.peer, one.group) for one in operations]
+        with recorder.batch():
+            return [one.op(one.tensor, one.peer, one.group) for one in operations]
 
-    for function in (init_process_group, all_gather_object, broadcast_object_list, barrier, batch_isend_irecv):
+    replaced = (init_process_group, all_gather_object, gather_object, broadcast_object_list, barrier, batch_isend_irecv)
+    for function in replaced:
         setattr(dist, function.__name__, function)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from remax_megatron.config.model_facts import ModelFacts, resolve_model_facts
+from remax_megatron.config.model_path import resolve_model_facts
+from remax_megatron.model_facts import ModelFacts
 
 FACTS = {
     # layers, hidden, ffn, heads, key-value heads, head_dim, vocabulary, tied, positions

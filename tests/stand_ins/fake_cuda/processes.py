@@ -13,25 +13,35 @@ import importlib
 import logging
 import multiprocessing
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.config.schema import Config
+from remax_megatron.model_facts import ModelFacts
 
 if TYPE_CHECKING:
     from tests.stand_ins.fake_cuda.rank import Rank
     from tests.stand_ins.fake_cuda.recorder import Collective, Phase
 
 _NEEDED = (
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.models.mimo",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
+    "remax_megatron.algorithm.logprob_triton",
+    "torch._subclasses.schema_check_mode",
     "torch.nn.attention.varlen",
     "torch.testing._internal.distributed.fake_pg",
+    "tests.stand_ins.fake_cuda.learned",
     "tests.stand_ins.fake_cuda.rank",
 )
 _fork = multiprocessing.get_context("fork")
@@ -99,7 +109,47 @@ def _import_all(transformer_engine: bool) -> None:
 
 
 def _in_parent(jobs: list[Job], at_once: int, timeout_s: float) -> list[Report]:
+    """Reports in the order of `jobs`. Each rank knows the shapes that those before it have learned."""
+    reports: dict[int, Report] = {}
+    left = list(enumerate(jobs))[::-1]
+    running: dict[Connection, tuple[int, BaseProcess]] = {}
+    end = time.monotonic() + timeout_s
+    try:
+        while left or running:
+            while left and len(running) < at_once:
+                number, job = left.pop()
+                receiver, sender = _fork.Pipe(duplex=False)
+                process = _fork.Process(target=_play_into, args=(sender, job))
+                process.start()
+                sender.close()
+                running[receiver] = number, process
+            for receiver in (ready := wait(list(running), end - time.monotonic())):
+                assert isinstance(receiver, Connection)
+                number, process = running.pop(receiver)
+                reports[number] = _received(receiver, jobs[number].rank)
+                process.join()
+            if not ready:
+                raise TimeoutError(f"ranks {[jobs[number].rank for number, _ in running.values()]} still run")
+    finally:
+        for _, process in running.values():
+            process.kill()
+    return [reports[number] for number in range(len(jobs))]
+
+
+def _play_into(sender: Connection, job: Job) -> None:
+    from tests.stand_ins.fake_cuda import learned
     from tests.stand_ins.fake_cuda.rank import play
 
-    with _fork.Pool(at_once, maxtasksperchild=1) as pool:
-        return pool.map_async(play, jobs, chunksize=1).get(timeout_s)
+    before = learned.known()
+    sender.send((play(job), learned.pack(before)))
+
+
+def _received(receiver: Connection, rank: int) -> Report:
+    from tests.stand_ins.fake_cuda import learned
+
+    try:
+        report, packed = receiver.recv()
+    except EOFError:
+        return Report(rank, error="its process ended")
+    learned.unpack(packed)
+    return report

@@ -12,21 +12,23 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import default_planner
 from torch.utils._python_dispatch import _disable_current_modes
 
 from remax_megatron import build
 from remax_megatron.algorithm.aggregation import weigh_rows
-from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.checkpoint import saver
 from remax_megatron.config.schema import Config
 from remax_megatron.data.dataset import PromptDataset
 from remax_megatron.inputs import Inputs
-from remax_megatron.model import weights
-from remax_megatron.model.hf_folder import expected_shapes
+from remax_megatron.model import live_weights
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import init_distributed
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.policy import offload, training_state
@@ -35,6 +37,7 @@ from remax_megatron.policy.training_state import TrainingState
 from remax_megatron.rollout import collect
 from remax_megatron.trainer import Trainer
 from remax_megatron.types import Completion, Prompt, Rollout, Row
+from remax_megatron.weights.hf_folder import expected_shapes
 from tests.stand_ins.fake_cuda import kernels
 from tests.stand_ins.fake_cuda.device import become_cuda
 from tests.stand_ins.fake_cuda.processes import Job, Report
@@ -97,7 +100,7 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     config = job.config
     device = init_distributed("cuda", 600)
     dist.all_gather_object = functools.partial(_gather, dist.all_gather_object, config)
-    weights.open_weights = lambda folder, facts: _Weights(facts)
+    live_weights.open_weights = lambda folder, facts: _Weights(facts)
     _Engine.lengths = job.lengths
     build.Engine = _Engine
     build.Collector = _Collector
@@ -108,6 +111,10 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     Policy._step = _in_phase_of_its_own(recorder, Policy._step)
     # Locked through CUDA's runtime, which knows addresses; fake memory has none.
     offload._page_locked_like = lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True)
+    # A checkpoint is written without its values, and planned as if all ranks had this one's blocks, which overlap.
+    torch.save = lambda obj, file, **kwargs: file.write(b"values")
+    default_planner._validate_global_plan = lambda plan, metadata: True
+    saver.ThreadPoolExecutor = _InTurn
     # Row numbers are computed with, not only shaped.
     training_state.shard_runs = _without_modes(training_state.shard_runs)
     prompts = [
@@ -141,6 +148,17 @@ def _gather(real: Callable, config: Config, parts: list, mine: Any, group: Any =
     if isinstance(mine, list):
         size = config.actor_rollout_ref.rollout.tensor_model_parallel_size
         parts[:] = [part if rank % size == 0 else [] for rank, part in enumerate(parts)]
+
+
+class _InTurn:
+    """A thread pool that does its work at once: a fake tensor's device is not sound in a second thread."""
+
+    def __init__(self, **kwargs: Any): ...
+
+    def submit(self, act: Callable[[], Any]) -> Future:
+        future: Future = Future()
+        future.set_result(act())
+        return future
 
 
 class _Weights:

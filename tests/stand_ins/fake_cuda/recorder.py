@@ -41,6 +41,7 @@ class Collective:
     tensors: tuple[tuple[int, str], ...]  # elements, dtype
     where: str
     num_bytes: int = 0
+    batch: int = 0  # number of the batch_isend_irecv that a message is of; 0: of none
 
     @property
     def is_message(self) -> bool:
@@ -76,6 +77,7 @@ class Recorder(TorchDispatchMode):
         self.phase_name = "start"
         self.collectives: list[Collective] = []
         self.live_bytes = 0
+        self._batch = self._num_batches = 0
         # (file, function) of a reader -> what it reads; for values that a fake device cannot know.
         self.answers: dict[tuple[str, str], Any] = {}
         self._live: dict[int, tuple[int, str]] = {}  # storage -> bytes, line
@@ -129,7 +131,17 @@ class Recorder(TorchDispatchMode):
         num_bytes = sum(t.numel() * t.element_size() for t in tensors)
         self.now.comm_calls[name] += 1
         self.now.comm_bytes[name] += num_bytes
-        self.collectives.append(Collective(name, group, peer, sizes, _site().text, num_bytes))
+        self.collectives.append(Collective(name, group, peer, sizes, _site().text, num_bytes, self._batch))
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """The messages inside are begun together."""
+        self._num_batches += 1
+        self._batch = self._num_batches
+        try:
+            yield
+        finally:
+            self._batch = 0
 
     def read(self, shape: torch.Size, dtype: torch.dtype) -> Any:
         """What a host read of a device tensor returns: the answer for the innermost reader that has one, or zeros

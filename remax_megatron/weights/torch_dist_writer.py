@@ -1,4 +1,4 @@
-"""The pieces of a `torch_dist` checkpoint that are not the tensors' own bytes; see model/torch_dist.py for the format.
+"""The pieces of a `torch_dist` checkpoint that are not the tensors' own bytes; torch_dist.py has the format.
 
 What torch.save writes around a tensor, the objects Megatron asks for, the index, and the two small files. The tensors'
 bytes are copied by convert/copying.py into the places that an `Item` names.
@@ -16,13 +16,14 @@ from typing import Any, cast
 
 import torch
 
-from remax_megatron.model.torch_dist import EXTRA_STATES
-from remax_megatron.model.weight_table import FINAL_NORM
+from remax_megatron.weights.torch_dist import EXTRA_STATES
+from remax_megatron.weights.weight_table import FINAL_NORM
 
 ITEM_ALIGNMENT = 64  # bytes; torch.save aligns the data to it within an item
 
 
 def extra_state_keys(num_layers: int) -> list[str]:
+    """Return the names of Megatron's extra states, which hold no weights."""
     layers = [
         f"decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}"
         for layer in range(num_layers)

@@ -7,7 +7,7 @@ megatron-core 0.16.1 and 0.19.2 `dist_checkpointing/strategies/torch.py`, torch 
 `distributed/checkpoint/filesystem.py`.
 
 `_InertUnpickler` builds plain records, imports nothing, and calls nothing that the file names, so a payload in
-`.metadata` cannot run. The chunks' bytes are read where they lie. Writing is convert/torch_dist_writer.py.
+`.metadata` cannot run. The chunks' bytes are read where they lie. Writing is weights/torch_dist_writer.py.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from remax_megatron.model.hf_folder import FolderError
-from remax_megatron.model.mapped import Extent, MappedFiles
-from remax_megatron.model.weight_table import TE_NAMES, WeightEntry
+from remax_megatron.weights.hf_folder import FolderError
+from remax_megatron.weights.mapped import Extent, MappedFiles
+from remax_megatron.weights.weight_table import TE_NAMES, WeightEntry
 
 # Megatron asks for these objects of every layer when it loads; without FP8 they hold None. The last one is asked for by
 # Transformer Engine's attention up to megatron-core 0.14; what a model does not ask for is not read.

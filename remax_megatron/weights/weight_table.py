@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
+from remax_megatron.model_facts import ModelFacts
 
 VOCAB_MULTIPLE = 128
 EMBEDDING = "embedding.word_embeddings.weight"

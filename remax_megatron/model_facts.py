@@ -1,23 +1,22 @@
-"""What the settings have to fit: the sizes of the model, read from its config.json alone (no torch, no weights).
+"""The sizes of a model, read from its config.json alone (no torch, no weights).
 
-`ModelFacts.from_folder` reads a Hugging Face folder and refuses what this trainer cannot train exactly;
-`resolve_model_facts` also takes a hub id (local cache first, else config.json alone is downloaded) and
-"embedded:word-problems", the demo's policy.
+A model that this trainer cannot train exactly is refused. What turns the setting of a user (a folder or a hub id) into
+these facts is `config/model_path.py`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from remax_megatron.config.schema import EMBEDDED_MODEL, ConfigError
+from remax_megatron.errors import UserError
 
-KEY = "actor_rollout_ref.model.path"
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
+
+class ModelError(UserError):
+    """A model folder whose config.json cannot be read, or describes a model that cannot be trained exactly."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +36,45 @@ class ModelFacts:
     rope_theta: float = 1e6
 
     @classmethod
-    def from_folder(cls, path: str | Path, setting: str = KEY) -> ModelFacts:
-        """Facts of the Hugging Face folder `path`. ConfigError: no folder, no readable config.json, not plain Qwen2.
+    def from_folder(cls, path: str | Path, setting: str = "model") -> ModelFacts:
+        """Facts of the Hugging Face folder `path`. ModelError: no folder, no readable config.json, not plain Qwen2.
 
         `setting` is what the user set to `path`; messages name it.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
-            raise ConfigError(
+            raise ModelError(
                 f"{setting}={path}: there is no such folder; set it to a folder with config.json and *.safetensors"
-                + (", or to a hub id such as Qwen/Qwen2.5-7B-Instruct" if setting == KEY else "")
             )
         file = folder / "config.json"
         if not file.is_file():
-            raise ConfigError(
+            raise ModelError(
                 f"{setting}={path}: the folder has no config.json; set it to a whole Hugging Face model folder"
             )
-        return _facts_from_file(file, str(path), setting)
+        return cls.from_file(file, str(path), setting)
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any], source: str, setting: str = KEY) -> ModelFacts:
+    def from_file(cls, file: Path, source: str, setting: str = "model") -> ModelFacts:
+        """Facts of the config.json `file`; `setting`=`source` names the model in error messages."""
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:  # not JSON, not UTF-8, not readable
+            raise ModelError(f"{setting}={source}: config.json cannot be read ({error}); {_mend(setting)}") from error
+        if not isinstance(config, dict):
+            raise ModelError(
+                f"{setting}={source}: config.json holds a {type(config).__name__}, expected an object; {_mend(setting)}"
+            )
+        return cls.from_hf_config(config, source, setting)
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], source: str, setting: str = "model") -> ModelFacts:
         """Facts from the keys of a Qwen2 config.json; `setting`=`source` names the model in error messages."""
         _refuse_other_architectures(config, source, setting)
 
         def size(name: str) -> int:
             value = config.get(name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(
+                raise ModelError(
                     f"{setting}={source}: config.json says {name}={value!r}, expected a positive integer;"
                     f" {_mend(setting)}"
                 )
@@ -71,7 +82,7 @@ class ModelFacts:
 
         def number(name: str, value: Any) -> float:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ConfigError(
+                raise ModelError(
                     f"{setting}={source}: config.json says {name}={value!r}, expected a positive number;"
                     f" {_mend(setting)}"
                 )
@@ -79,12 +90,12 @@ class ModelFacts:
 
         heads, hidden = size("num_attention_heads"), size("hidden_size")
         if hidden % heads:
-            raise ConfigError(
+            raise ModelError(
                 f"{setting}={source}: config.json says hidden_size={hidden}, not a multiple of"
                 f" num_attention_heads={heads}; {_mend(setting)}"
             )
         if config.get("head_dim") not in (None, hidden // heads):
-            raise ConfigError(
+            raise ModelError(
                 f"{setting}={source}: config.json says head_dim={config['head_dim']}, but a Qwen2 model has hidden_size"
                 f" / num_attention_heads = {hidden // heads} (vLLM computes with that); {_mend(setting)}"
             )
@@ -104,57 +115,12 @@ class ModelFacts:
         )
 
 
-def resolve_model_facts(path: str) -> ModelFacts:
-    """Facts for any legal `actor_rollout_ref.model.path`. ConfigError when they cannot be had."""
-    if path.startswith("embedded:"):
-        if path != EMBEDDED_MODEL:
-            raise ConfigError(f"{KEY}={path} is not an embedded model; the only one is {EMBEDDED_MODEL}")
-        from remax_megatron.demo.model_config import MODEL_CONFIG
-
-        return ModelFacts.from_hf_config(MODEL_CONFIG, path)
-    if Path(path).expanduser().is_dir() or not HUB_ID.fullmatch(path):
-        return ModelFacts.from_folder(path)
-    return _facts_from_file(_hub_config_file(path), path)
-
-
-def _hub_config_file(repo_id: str) -> Path:
-    """Path of config.json of the hub model `repo_id`: from the local cache, else downloaded (that one file)."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    try:
-        cached = try_to_load_from_cache(repo_id, "config.json")
-        return Path(cached if isinstance(cached, str) else hf_hub_download(repo_id, "config.json"))
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ConfigError(
-            f"{KEY}={repo_id} is neither a local folder nor a model on the hub that this account may read;"
-            " check the name (and `hf auth login` for a private model), or set it to a local folder"
-        ) from error
-    except OSError as error:  # huggingface_hub's offline, connection and HTTP errors are OSErrors
-        raise ConfigError(
-            f"{KEY}={repo_id} is neither a local folder nor in the local hub cache, and its config.json could not be"
-            f" downloaded ({type(error).__name__}); connect to the hub, or set it to a local folder"
-        ) from error
-
-
 def _mend(setting: str) -> str:
     return f"set {setting} to a dense Qwen2 or Qwen2.5 model, for example Qwen2.5-7B-Instruct"
 
 
-def _facts_from_file(file: Path, source: str, setting: str = KEY) -> ModelFacts:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # not JSON, not UTF-8, not readable
-        raise ConfigError(f"{setting}={source}: config.json cannot be read ({error}); {_mend(setting)}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(
-            f"{setting}={source}: config.json holds a {type(config).__name__}, expected an object; {_mend(setting)}"
-        )
-    return ModelFacts.from_hf_config(config, source, setting)
-
-
 def _refuse_other_architectures(config: Mapping[str, Any], source: str, setting: str) -> None:
-    """ConfigError for every model whose weights or forward pass differ from plain Qwen2."""
+    """ModelError for every model whose weights or forward pass differ from plain Qwen2."""
     model_type = config.get("model_type")
     architectures = config.get("architectures") or ["Qwen2ForCausalLM"]
     if not isinstance(architectures, list):
@@ -179,4 +145,4 @@ def _refuse_other_architectures(config: Mapping[str, Any], source: str, setting:
     elif config.get("hidden_act", "silu") != "silu":
         reason = f"a model with hidden_act={config['hidden_act']!r}; Qwen2 uses silu"
     if reason:
-        raise ConfigError(f"{setting}={source} is {reason}; {_mend(setting)}")
+        raise ModelError(f"{setting}={source} is {reason}; {_mend(setting)}")

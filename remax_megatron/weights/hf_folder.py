@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from remax_megatron.atomic import replacing_folder
-from remax_megatron.config.model_facts import ModelFacts
 from remax_megatron.errors import UserError
-from remax_megatron.model.mapped import Extent, MappedFiles, blocks
-from remax_megatron.model.weight_table import weight_table
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.mapped import Extent, MappedFiles, blocks
+from remax_megatron.weights.weight_table import weight_table
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -80,6 +80,7 @@ class SafetensorsFile:
 
     @classmethod
     def read(cls, path: Path) -> SafetensorsFile:
+        """Read the head of the file at `path`."""
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             return cls.from_header(file.read(length).decode())
@@ -132,9 +133,11 @@ class HfWeights:
 
     @property
     def names(self) -> set[str]:
+        """Return the names of all tensors."""
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
         return self.files[self._file_of[name]].shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
@@ -242,9 +245,11 @@ class HfLayout:
         return cls({name: SafetensorsFile.from_header(header) for name, header in headers.items()}, index)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all tensors by name."""
         return {name: shape for file in self.files.values() for name, shape in file.shapes.items()}
 
     def dtypes(self) -> set[torch.dtype]:
+        """Return the types that occur."""
         return {DTYPES[dtype] for file in self.files.values() for dtype in file.dtypes.values()}
 
     def is_sound(self) -> bool:

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.megatron_folder import open_weights
-from remax_megatron.model.weight_table import (
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.parallel.layout import Layout
+from remax_megatron.weights.megatron_folder import open_weights
+from remax_megatron.weights.weight_table import (
     EMBEDDING,
     HEAD,
     WeightEntry,
@@ -27,7 +28,6 @@ from remax_megatron.model.weight_table import (
     to_megatron,
     weight_table,
 )
-from remax_megatron.parallel.layout import Layout
 
 
 def table_parameters(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -1,7 +1,7 @@
 """A Megatron checkpoint folder as a source of Hugging Face tensors, and the choice between the two kinds of folder.
 
     DIR/latest_checkpointed_iteration.txt    "0", "120", or "release"
-    DIR/iter_0000000/                        the checkpoint (see model.torch_dist)
+    DIR/iter_0000000/                        the checkpoint (see weights.torch_dist)
     DIR/config.json, tokenizer files, ...    what makes the folder a model
 
 The checkpoint's own folder (iter_0000000) is taken as well; config.json may lie beside or above it.
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from remax_megatron.config.model_facts import ModelFacts
-from remax_megatron.model.hf_folder import FolderError, HfWeights, check_folder, expected_shapes
-from remax_megatron.model.mapped import Extent, MappedFiles
-from remax_megatron.model.torch_dist import TorchDist, saved_key
-from remax_megatron.model.weight_table import WeightEntry, row_runs, weight_table
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.hf_folder import FolderError, HfWeights, check_folder, expected_shapes
+from remax_megatron.weights.mapped import Extent, MappedFiles
+from remax_megatron.weights.torch_dist import TorchDist, saved_key
+from remax_megatron.weights.weight_table import WeightEntry, row_runs, weight_table
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OTHER_CONFIG = "use the config.json that the model was trained with"
@@ -26,6 +26,7 @@ MODEL_PREFIXES = ("decoder.", "embedding.", "output_layer.")  # what else there 
 
 
 def is_megatron_folder(folder: str | Path) -> bool:
+    """Tell whether `path` is a Megatron checkpoint, or a folder of them."""
     folder = Path(folder)
     return (folder / TRACKER).is_file() or (folder / ".metadata").is_file()
 
@@ -136,12 +137,15 @@ class MegatronWeights:
 
     @property
     def names(self) -> set[str]:
+        """Return the Hugging Face names of all tensors."""
         return set(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a Hugging Face tensor."""
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the type in which a Hugging Face tensor is stored."""
         return self._stored.tensors[self._key(self._made_of[name][0])[0]].dtype
 
     def extents(self, name: str, row: int = 0, num_rows: int | None = None) -> list[Extent]:

@@ -1,0 +1,198 @@
+"""Rules about single values, about the algorithm's settings with each other, and about what is not offered.
+
+The first two check the facts that the settings declare (config/setting.py); the others are each for one case.
+"""
+
+from __future__ import annotations
+
+from remax_megatron.algorithm.estimators import get_estimator
+from remax_megatron.config.rules.registry import Setup, one_of, rule
+from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, SETTINGS, ConfigError
+from remax_megatron.config.setting import value_of
+
+
+@rule
+def known_choices(setup: Setup) -> None:
+    """A setting with a list of legal values has one of them."""
+    for key, setting in SETTINGS.items():
+        value = value_of(setup.config, key)
+        if setting.choices is not None and value not in setting.choices:
+            names = ", ".join("null" if choice is None else str(choice) for choice in setting.choices)
+            raise ConfigError(
+                f"{key}={value} is not offered; set it to {one_of(names, len(setting.choices))}{_reason(setting.why)}"
+            )
+
+
+@rule
+def numbers_in_range(setup: Setup) -> None:
+    """Numbers are finite and within their range."""
+    for key, setting in SETTINGS.items():
+        value = value_of(setup.config, key)
+        if setting.limits is not None and value is not None and not setting.limits.hold(value):
+            raise ConfigError(f"{key}={value} is out of range; set it to {setting.limits.words}{_reason(setting.why)}")
+
+
+def _reason(why: str) -> str:
+    return why and f" ({why})"
+
+
+@rule
+def sampling_is_the_policy(setup: Setup) -> None:
+    """Answers are sampled from the whole softmax, whose log-probabilities the policy computes."""
+    rollout = setup.rollout
+    for name, legal, fix in (("top_p", (1.0,), "1.0"), ("top_k", (-1, 0), "-1")):
+        value = getattr(rollout, name)
+        if value not in legal:
+            raise ConfigError(
+                f"{ROLLOUT}.{name}={value} makes the engine's logprobs those of a renormalised distribution, not the"
+                f" policy's; set {ROLLOUT}.{name}={fix}"
+            )
+
+
+@rule
+def temperatures_are_vllms(setup: Setup) -> None:
+    """vLLM (0.24 and 0.32) raises a temperature below 0.01 to 0.01 without a word, and refuses one above 2.
+
+    The policy divides its logits by the rollouts' temperature, so that there the two would differ, and at 0 it cannot;
+    greedy rollouts would all be the baseline anyway. Validation may be greedy.
+    """
+    val = setup.rollout.val_kwargs
+    for key, temperature, greedy, fix in (
+        (f"{ROLLOUT}.temperature", setup.rollout.temperature, False, ""),
+        (f"{ROLLOUT}.val_kwargs.temperature", val.temperature, not val.do_sample, ", or do_sample=False for greedy"),
+    ):
+        if not (0.01 <= temperature <= 2 or (greedy and temperature == 0)):
+            raise ConfigError(f"{key}={temperature} is outside what vLLM samples at; set it to 0.01 to 2.0{fix}")
+
+
+@rule
+def validation_answers_differ(setup: Setup) -> None:
+    """Several validation answers per prompt have to be sampled."""
+    val = setup.rollout.val_kwargs
+    if val.n > 1 and not val.do_sample:
+        raise ConfigError(
+            f"{ROLLOUT}.val_kwargs.n={val.n} with do_sample=False would score the same greedy answer {val.n} times;"
+            f" set {ROLLOUT}.val_kwargs.do_sample=True, or n=1"
+        )
+
+
+@rule
+def remax_has_no_discount(setup: Setup) -> None:
+    """The reward of a whole answer is not discounted."""
+    gamma = setup.config.algorithm.gamma
+    if gamma != 1:
+        raise ConfigError(
+            f"algorithm.gamma={gamma} with algorithm.adv_estimator={setup.config.algorithm.adv_estimator}: the reward"
+            " of a whole answer is not discounted; set algorithm.gamma=1.0"
+        )
+
+
+@rule
+def estimator_has_its_samples(setup: Setup) -> None:
+    """Estimators that compare answers need several per prompt."""
+    estimator = get_estimator(setup.config.algorithm.adv_estimator)
+    if setup.rollout.n < estimator.min_samples:
+        raise ConfigError(
+            f"{ROLLOUT}.n={setup.rollout.n} with algorithm.adv_estimator={estimator.name}, which compares the answers"
+            f" to a prompt; set {ROLLOUT}.n to at least {estimator.min_samples}"
+        )
+
+
+@rule
+def zero_advantage_rows_have_no_gradient(setup: Setup) -> None:
+    """Rows of advantage 0 are left out only where they have no gradient."""
+    actor = setup.actor
+    if not actor.skip_zero_advantage:
+        return
+    for key in ("algorithm.use_kl_in_reward", f"{ACTOR}.use_kl_loss", f"{ACTOR}.entropy_coeff"):
+        if value := value_of(setup.config, key):
+            raise ConfigError(
+                f"{ACTOR}.skip_zero_advantage=True would change the gradient: with {key}={value} rows of advantage 0"
+                f" have one; set {ACTOR}.skip_zero_advantage=null"
+            )
+
+
+@rule
+def one_correction_of_the_mismatch(setup: Setup) -> None:
+    """The mismatch between engine and policy is corrected once."""
+    correction = setup.config.algorithm.rollout_correction
+    key = "algorithm.rollout_correction"
+    if correction.bypass_old_logprobs and correction.rollout_is is not None:
+        raise ConfigError(
+            f"{key}.bypass_old_logprobs=True with {key}.rollout_is={correction.rollout_is}: PPO's ratio is then already"
+            f" the importance weight; set {key}.rollout_is=null or bypass_old_logprobs=False"
+        )
+    if correction.bypass_old_logprobs and setup.actor.policy_loss != "ppo_clip":
+        raise ConfigError(
+            f"{key}.bypass_old_logprobs=True needs a loss with a ratio, but {ACTOR}.policy_loss="
+            f"{setup.actor.policy_loss}; set {ACTOR}.policy_loss=ppo_clip"
+        )
+
+
+@rule
+def kl_controller_can_move(setup: Setup) -> None:
+    """An adaptive coefficient must stay above 0: one batch moves it by at most 0.2 x its answers / horizon."""
+    control, answers = setup.config.algorithm.kl_ctrl, setup.config.data.train_batch_size * setup.rollout.n
+    if not setup.config.algorithm.use_kl_in_reward or control.type != "adaptive":
+        return
+    if control.kl_coef == 0:
+        raise ConfigError("algorithm.kl_ctrl.kl_coef=0 stays 0 under algorithm.kl_ctrl.type=adaptive; set it above 0")
+    if 0.2 * answers >= control.horizon:
+        raise ConfigError(
+            f"algorithm.kl_ctrl.horizon={control.horizon} is too short for batches of {answers} answers: one of them"
+            f" could take the coefficient to 0; set it above {0.2 * answers:g}"
+        )
+
+
+@rule
+def shared_prompts_are_packed_by_tokens(setup: Setup) -> None:
+    """Shared prompts need a backend that computes them, and micro-batches by tokens."""
+    backend = setup.megatron.attention_backend
+    if setup.actor.share_prompts and backend not in ("auto", "flex", "sdpa"):
+        raise ConfigError(
+            f"{ACTOR}.share_prompts=True cannot be computed by {MEGATRON}.attention_backend={backend}; set"
+            f" attention_backend=auto"
+        )
+    if setup.actor.share_prompts and not setup.actor.use_dynamic_bsz:
+        raise ConfigError(
+            f"{ACTOR}.share_prompts=True needs {ACTOR}.use_dynamic_bsz=True, which keeps the answers to a prompt"
+            f" together; set {ACTOR}.use_dynamic_bsz=True"
+        )
+
+
+@rule
+def resumed_checkpoint_is_named(setup: Setup) -> None:
+    """Resuming from a path needs the path."""
+    trainer = setup.config.trainer
+    if trainer.resume_mode == "path" and not trainer.resume_from_path:
+        raise ConfigError(
+            "trainer.resume_mode=path needs trainer.resume_from_path; set it to a checkpoint's folder, or"
+            " resume_mode=auto"
+        )
+
+
+@rule
+def packing_is_on(setup: Setup) -> None:
+    """Micro-batches are always packed."""
+    if not setup.config.actor_rollout_ref.model.use_remove_padding:
+        key = "actor_rollout_ref.model.use_remove_padding"
+        raise ConfigError(f"{key}=False is not offered: micro-batches are always packed; set {key}=True")
+
+
+@rule
+def no_code_from_model_folders(setup: Setup) -> None:
+    """Code from a model folder is never executed."""
+    if setup.config.actor_rollout_ref.model.trust_remote_code:
+        key = "actor_rollout_ref.model.trust_remote_code"
+        raise ConfigError(f"{key}=True is refused: code from a model folder is never executed; set {key}=False")
+
+
+@rule
+def context_parallelism_is_off(setup: Setup) -> None:
+    """Context parallelism is not offered."""
+    size = setup.megatron.context_parallel_size
+    if size != 1:
+        raise ConfigError(
+            f"{MEGATRON}.context_parallel_size={size}: context parallelism is not offered;"
+            f" set {MEGATRON}.context_parallel_size=1"
+        )

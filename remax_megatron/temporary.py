@@ -1,0 +1,45 @@
+"""The temporary folder of a run: what libraries, workers and sandboxes leave there goes with the run.
+
+Each rank has its own, in the system's, and makes it the default of this process and its children (TMPDIR). A process
+that is killed cannot remove its folder: the next run of the same user on that host does.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PREFIX = "remax-run"
+
+
+@contextmanager
+def own_temporary_folder() -> Iterator[Path]:
+    """Yield this process's folder, which is there while the block runs; folders of dead processes are removed."""
+    shared = Path(tempfile.gettempdir())
+    remove_dead_folders(shared)
+    # A cache that is worth keeping, and that torch would put below TMPDIR.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(shared / f"torchinductor_{getpass.getuser()}"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getpid()}-", dir=shared))
+    folder.chmod(0o711)  # the sandbox's programs run as nobody where this process is root's
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    try:
+        yield folder
+    finally:
+        tempfile.tempdir = None
+        os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_dead_folders(shared: Path) -> None:
+    """Remove the folders in `shared` whose process is gone, as far as this user may."""
+    for path in shared.glob(f"{PREFIX}-*"):
+        owner = re.match(rf"{PREFIX}-(\d+)-", path.name)
+        if owner and not Path(f"/proc/{owner[1]}").exists():
+            shutil.rmtree(path, ignore_errors=True)
