@@ -47,6 +47,7 @@ FREE = (
     "actor_rollout_ref.rollout.val_kwargs.",
     "data.train_files",  # the prompts themselves are compared
     "data.val_files",
+    "data.prepare_command",
     "data.val_batch_size",
     "data.val_max_samples",
     "reward.num_workers",

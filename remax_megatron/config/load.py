@@ -30,13 +30,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from remax_megatron.config.rules import value_of
-from remax_megatron.config.schema import EMBEDDED_MODEL, Config, ConfigError
+from remax_megatron.config.schema import Config, ConfigError
 
 HYDRA_VERSION = "1.3"
 STORE_NAME = "remax_megatron_settings"
 REQUIRED = {
     "data.train_files": "data.train_files=DIR/train.parquet",
-    "actor_rollout_ref.model.path": f"actor_rollout_ref.model.path=FOLDER (or {EMBEDDED_MODEL})",
+    "actor_rollout_ref.model.path": "actor_rollout_ref.model.path=FOLDER",
 }
 PATHS = (
     "data.train_files",

@@ -15,9 +15,7 @@ from omegaconf import MISSING
 from remax_megatron.errors import UserError
 from remax_megatron.types import Recompute
 
-EMBEDDED_MODEL = "embedded:word-problems"
 LOGGERS = ("console", "wandb", "tensorboard")
-EMBEDDED_FILES = (f"{EMBEDDED_MODEL}/train", f"{EMBEDDED_MODEL}/test")
 
 
 class ConfigError(UserError):
@@ -26,7 +24,7 @@ class ConfigError(UserError):
 
 @dataclass
 class Data:
-    # a path or a list of paths (.parquet, .json, .jsonl), or one of EMBEDDED_FILES
+    # a path or a list of paths (.parquet, .json, .jsonl)
     train_files: Any = MISSING
     val_files: Any = None
     train_batch_size: int = 1024  # prompts per rollout batch
@@ -38,11 +36,12 @@ class Data:
     truncation: str = "error"  # what happens to an overlong prompt that was not filtered: error | left | right
     shuffle: bool = True
     prompt_key: str = "prompt"
+    prepare_command: str | None = None  # makes the files; never run, but named in the error when one is missing
 
 
 @dataclass
 class Model:
-    path: str = MISSING  # Hugging Face folder or hub id; EMBEDDED_MODEL makes the demo's policy
+    path: str = MISSING  # Hugging Face folder or hub id
     use_remove_padding: bool = True
     enable_gradient_checkpointing: bool = False
     trust_remote_code: bool = False  # refused when True: code from a model folder is never executed
