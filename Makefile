@@ -38,7 +38,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make install          make .venv and install the CPU stack (pinned; 3 GB on disk)"
 	@echo "make install-gpu      make .venv and install the GPU stack (pinned; Python 3.12, CUDA 13; 10 GB on disk)"
-	@echo "make demo             install, then train the embedded model with ReMax on 2 ranks: runs/demo"
+	@echo "make demo             install, then make a small model, train it with ReMax on 2 ranks: runs/demo"
 	@echo "make doctor           whether a run can start on this machine: ARGS=\"--config-name NAME [key=value ...]\""
 	@echo "make test             install, then lint, check types, run all tests that need no GPU (20 minutes on 2 cores)"
 	@echo "make test-fast        the tests that start no ranks and no runs (3 minutes)"
@@ -91,6 +91,7 @@ $(TEST_STACK): requirements/gpu.txt requirements/install_gpu.sh pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
+	$(BIN)/python -m remax_megatron.demo.prepare
 	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --rdzv-conf join_timeout=120,read_timeout=120 \
 	  --nproc-per-node 2 -m remax_megatron --config-name demo $(ARGS)
 

@@ -188,10 +188,12 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, work: Path) -> tuple[dict[str, float], list[dict]]:
     """The whole benchmark in folder `work`: the values of its RESULT line, and the attempts."""
-    if options.policy is None:
-        from remax_megatron.demo.warm_start import ensure_policy
+    from remax_megatron.demo.warm_start import ensure_policy
+    from remax_megatron.demo.word_problems import ensure_data
 
+    if options.policy is None:
         options.policy = ensure_policy(work / "policy", num_steps=20, progress=False)
+    ensure_data(work / "data")
     (work / "reward.py").write_text(REWARD)
     undisturbed = attempt(options, work, 0, done=0, background=False, aim=None)
     if undisturbed.code != 0:
@@ -321,6 +323,8 @@ def start(
         f"trainer.save_freq={options.save_freq}",
         f"trainer.async_save={background}",
         "trainer.test_freq=5",
+        f"data.train_files={work}/data/train.parquet",
+        f"data.val_files={work}/data/test.parquet",
         "data.train_batch_size=8",
         "data.val_max_samples=16",
         f"actor_rollout_ref.model.path={Path(options.policy).resolve()}",
@@ -330,7 +334,7 @@ def start(
         "actor_rollout_ref.actor.optim.lr=1e-3",
         f"custom_reward_function.path={work / 'reward.py'}",
     ]
-    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "REMAX_CACHE": str(work / "cache")}
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
         [*command, *overrides],
         cwd=ROOT,

@@ -17,7 +17,7 @@
 Each part is a process of its own with a time limit, so that one that crashes or hangs does not end the others; no part
 starts after --total. A part prints its cases as they are done. FILE (gpu.json) is written after every part, and
 docs/gpu.md is written from it. No network is used: models have random weights, made in --work. The demo's policy takes
-80 s to warm-start where REMAX_CACHE does not have it yet, more than that part has time for: docs/gpu.md makes it ahead.
+80 s to warm-start, more than that part has time for: `python -m remax_megatron.demo.prepare` makes it ahead.
 
 On a CPU, with --tiny, the same code runs with small sizes, and says of what needs a GPU that it is not available.
 The RESULT line has the numbers that have a target (gpu_report.TARGETS), and how many were met.

@@ -35,6 +35,7 @@ from pathlib import Path
 from common import ROOT, finish, machine
 
 from remax_megatron.demo.warm_start import ensure_policy
+from remax_megatron.demo.word_problems import ensure_data
 from remax_megatron.gauges import descendants, num_open_files, num_threads
 from remax_megatron.metrics import read_metrics
 
@@ -98,6 +99,8 @@ def command(model: str, work: Path, steps: int, async_save: bool, settings: list
         f"actor_rollout_ref.model.path={model}",
         "actor_rollout_ref.actor.optim.lr=1e-6",
         "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
+        f"data.train_files={work}/data/train.parquet",
+        f"data.val_files={work}/data/test.parquet",
         "data.train_batch_size=8",
         "data.val_max_samples=32",
         f"custom_reward_function.path={work}/reward.py",
@@ -120,7 +123,7 @@ def last_step(metrics: Path) -> int:
 def watch(run: list[str], metrics: Path, steps: list[int], log: Path) -> dict[int, list[Reading]]:
     """Start the run and read its ranks at `steps`. RuntimeError with its output when it fails."""
     readings: dict[int, list[Reading]] = {}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "REMAX_CACHE": str(log.parent)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             run, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -169,6 +172,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         model = options.model or str(ensure_policy(work / "policy", num_steps=20, progress=False))
+        ensure_data(work / "data")
         run = command(model, work, options.steps, options.async_save, options.settings)
         steps = [FIRST, *range(50, options.steps, 50), options.steps]
         print(" step  rank   Rss MiB   Pss MiB  Anon. MiB  descriptors  threads  children")

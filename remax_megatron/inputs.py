@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, Config, ConfigError
+from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.data.dataset import PromptDataset, load_prompts
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rewards.sandbox import available_protections
@@ -53,7 +50,7 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
 
     def load(files) -> PromptDataset:
         return load_prompts(
-            local_data_files(files),
+            [files] if isinstance(files, str) else list(files),
             tokenizer,
             max_prompt_length=data.max_prompt_length,
             filter_overlong_prompts=data.filter_overlong_prompts,
@@ -97,19 +94,7 @@ def end_token_ids(model_folder: str, tokenizer) -> list[int]:
 
 
 def local_model_folder(path: str) -> str:
-    """A local folder for `actor_rollout_ref.model.path`: itself, the hub's snapshot, or the demo's policy."""
-    if path == EMBEDDED_MODEL:
-        from remax_megatron.demo import cache_dir
-
-        # A process of its own: it may use two cores, while a rank under torchrun has one thread. Passive waiting:
-        # spinning threads are 5 to 20 times slower beside any other busy process.
-        code = "import sys; from remax_megatron.demo.warm_start import ensure_policy; print(ensure_policy(sys.argv[1]))"
-        make = [sys.executable, "-c", code, str(cache_dir())]
-        threads = {"OMP_NUM_THREADS": str(min(2, os.cpu_count() or 1)), "OMP_WAIT_POLICY": "PASSIVE"}
-        done = subprocess.run(make, env=os.environ | threads, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise ConfigError(f"{path}: the demo's policy could not be made (see above)")
-        return done.stdout.strip().splitlines()[-1]
+    """A local folder for `actor_rollout_ref.model.path`: itself, or the hub's snapshot."""
     if Path(path).expanduser().is_dir():
         return str(Path(path).expanduser())
     from huggingface_hub import snapshot_download
@@ -121,18 +106,6 @@ def local_model_folder(path: str) -> str:
             f"actor_rollout_ref.model.path={path} could not be downloaded ({type(error).__name__}: {error}); connect "
             "to the hub, or set it to a local folder"
         ) from error
-
-
-def local_data_files(files) -> list[str]:
-    """Paths for data.train_files or data.val_files, the embedded ones written first if need be."""
-    from remax_megatron.demo import cache_dir
-    from remax_megatron.demo.word_problems import ensure_data
-
-    files = [files] if isinstance(files, str) else list(files)
-    if not set(files) & set(EMBEDDED_FILES):
-        return files
-    embedded = dict(zip(EMBEDDED_FILES, map(str, ensure_data(cache_dir())), strict=True))
-    return [embedded.get(file, file) for file in files]
 
 
 def total_steps(config: Config, num_prompts: int) -> int:

@@ -53,13 +53,22 @@ def demo_policy(tmp_path_factory) -> str:
     """The demo's model and tokenizer after 20 steps of warm start: knows the words, hardly the sums."""
     from remax_megatron.demo.warm_start import ensure_policy
 
-    return str(ensure_policy(tmp_path_factory.mktemp("policy"), num_steps=20, progress=False))
+    return str(ensure_policy(tmp_path_factory.mktemp("inputs") / "policy", num_steps=20, progress=False))
 
 
 @pytest.fixture(scope="session")
-def demo_cache(tmp_path_factory) -> Path:
-    """A cache folder of the tests' own, so that they neither read nor fill the user's."""
-    return tmp_path_factory.mktemp("cache")
+def demo_data(tmp_path_factory) -> list[str]:
+    """The demo's data files, as overrides of the demo preset."""
+    from remax_megatron.demo.word_problems import ensure_data
+
+    train, val = ensure_data(tmp_path_factory.mktemp("inputs") / "data")
+    return [f"data.train_files={train}", f"data.val_files={val}"]
+
+
+@pytest.fixture(scope="session")
+def demo_inputs(demo_policy, demo_data) -> list[str]:
+    """The data and the barely warm-started policy, as overrides of the demo preset."""
+    return [*demo_data, f"actor_rollout_ref.model.path={demo_policy}"]
 
 
 @dataclass
@@ -71,17 +80,15 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def torchrun(demo_cache):
+def torchrun(demo_data):
     """`torchrun(ranks, overrides, timeout_s=...)`: a real run of the trainer under torchrun, bounded in time."""
 
     def start(ranks: int, overrides: list[str]) -> subprocess.Popen:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
         command += ["--nproc-per-node", str(ranks), "-m", "remax_megatron", f"trainer.n_gpus_per_node={ranks}"]
-        environment = os.environ | {"REMAX_CACHE": str(demo_cache)}
         return subprocess.Popen(
-            [*command, *overrides],
+            [*command, *demo_data, *overrides],
             cwd=ROOT,
-            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

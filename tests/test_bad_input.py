@@ -22,7 +22,7 @@ def run(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "remax_megatron", "trainer.n_gpus_per_node=1"]
     command += [f"{MEGATRON}.tensor_model_parallel_size=1", f"trainer.default_local_dir={tmp_path}/run", *overrides]
     ranks = next((o.split("=")[1] for o in reversed(overrides) if o.startswith("trainer.n_gpus_per_node")), "1")
-    environment = os.environ | {"WORLD_SIZE": ranks, "REMAX_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"WORLD_SIZE": ranks, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -57,8 +57,16 @@ def other_model(folder: Path) -> str:
 CASES = {
     "unknown key": (lambda p, f: ["actor_rollout_ref.actor.optim.learning_rate=1"], ["learning_rate", "optim.lr"]),
     "tp does not divide the heads": (
-        lambda p, f: [f"{MEGATRON}.tensor_model_parallel_size=3", "trainer.n_gpus_per_node=3"],
+        lambda p, f: [
+            f"actor_rollout_ref.model.path={p}",
+            f"{MEGATRON}.tensor_model_parallel_size=3",
+            "trainer.n_gpus_per_node=3",
+        ],
         ["tensor_model_parallel_size=3", "4 attention heads", "one of 1, 2, 4"],
+    ),
+    "the demo's inputs are not prepared": (
+        lambda p, f: [f"data.train_files={f}/train.parquet"],
+        ["train.parquet", "no such file", "python -m remax_megatron.demo.prepare"],
     ),
     "missing model folder": (lambda p, f: [f"actor_rollout_ref.model.path={f}/nowhere"], ["nowhere", "no such folder"]),
     "not a Qwen2 folder": (lambda p, f: [f"actor_rollout_ref.model.path={other_model(f)}"], ["llama", "Qwen2"]),
@@ -91,11 +99,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_error_line(case, demo_policy, tmp_path):
+def test_bad_input_is_one_error_line(case, demo_policy, demo_data, tmp_path):
     make, words = CASES[case]
     folder = tmp_path / "input"
     folder.mkdir()
-    done = run(tmp_path, *make(demo_policy, folder))
+    done = run(tmp_path, *demo_data, *make(demo_policy, folder))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2, done.stderr
     assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr

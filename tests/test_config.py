@@ -19,8 +19,10 @@ from remax_megatron.config.load import list_presets, load_config, nearest_keys, 
 from remax_megatron.config.model_path import resolve_model_facts
 from remax_megatron.config.rules import validate, validate_files
 from remax_megatron.config.rules.registry import RULES, Setup
-from remax_megatron.config.schema import EMBEDDED_FILES, EMBEDDED_MODEL, SETTINGS, Config, ConfigError, recompute_of
+from remax_megatron.config.schema import SETTINGS, Config, ConfigError, recompute_of
 from remax_megatron.config.setting import set_value, value_of
+from remax_megatron.demo import prepare
+from remax_megatron.demo.model_config import MODEL_CONFIG
 from remax_megatron.model_facts import ModelError, ModelFacts
 from remax_megatron.types import Recompute
 
@@ -39,6 +41,7 @@ MODELS = {
 }
 # The demo's shape where the demo itself is not the point: 4 layers, 4 heads of 32, 2 KV heads.
 TINY = ModelFacts(4, 128, 384, 4, 2, 32, 512, True, 512)
+DEMO = ModelFacts.from_hf_config(MODEL_CONFIG, "demo")
 
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = f"{ACTOR}.megatron"
@@ -96,12 +99,13 @@ def test_gpu_presets_are_valid_for_their_model(name):
     assert name.removeprefix("qwen2_5_").upper() in config.actor_rollout_ref.model.path
 
 
-def test_demo_preset_is_valid_for_the_embedded_model():
-    config, notes = load_and_check(model=resolve_model_facts(EMBEDDED_MODEL))
-    validate_files(config)
+def test_demo_preset_reads_what_its_prepare_command_makes():
+    config, notes = load_and_check(model=DEMO)
     assert notes == []
     assert (config.trainer.device, config.trainer.default_local_dir) == ("cpu", "runs/demo")
-    assert (config.data.train_files, config.data.val_files) == EMBEDDED_FILES
+    made = [f"{prepare.FOLDER}/{name}" for name in ("data/train.parquet", "data/test.parquet", "policy")]
+    assert [config.data.train_files, config.data.val_files, config.actor_rollout_ref.model.path] == made
+    assert config.data.prepare_command == f"python -m {prepare.__name__}"
 
 
 GUIDE_EXAMPLES = {
@@ -502,7 +506,7 @@ BROKEN = {
     ],
 )
 def test_what_is_recomputed(overrides, expected):
-    config, _ = load_and_check(*overrides, model=resolve_model_facts(EMBEDDED_MODEL))
+    config, _ = load_and_check(*overrides, model=DEMO)
     assert recompute_of(config) == expected
 
 
@@ -533,7 +537,7 @@ def test_every_rule_about_settings_is_broken_by_some_case():
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_expandable_segments_are_refused_on_gpus(monkeypatch, name):
     monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
-    assert load_and_check(model=resolve_model_facts(EMBEDDED_MODEL))  # the demo is on the CPU
+    assert load_and_check(model=DEMO)  # the demo is on the CPU
     with pytest.raises(ConfigError, match=f"{name}=.*take expandable_segments out of {name}"):
         load_and_check(preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"])
 
@@ -623,7 +627,7 @@ def test_files_exist_with_a_known_suffix(tmp_path):
         changed = copy.deepcopy(config)
         changed.custom_reward_function.path = changes.get("reward")
         changed.custom_reward_function.name = changes.get("name", "compute_score")
-        changed.data.train_files = changes.get("train", EMBEDDED_FILES[0])
+        changed.data.train_files = changes.get("train", str(tmp_path / "a.jsonl"))
         changed.data.val_files = changes.get("val")
         if not words:
             return validate_files(changed)
@@ -633,7 +637,7 @@ def test_files_exist_with_a_known_suffix(tmp_path):
     refused("", train=[str(tmp_path / "a.jsonl")], reward=str(tmp_path / "reward.py"))
     refused("no such file", train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
     refused("unknown suffix '.csv'.*parquet", train=str(tmp_path / "a.csv"))
-    refused("data.val_files=.*not embedded data.*word-problems/test", val="embedded:other")
+    refused("data.val_files=.*no such file; first run .*: python -m remax_megatron.demo.prepare", val="b.jsonl")
     refused("not set", train=None)
     refused("holds", train={"a": 1})
     refused("custom_reward_function.path", reward=str(tmp_path / "none.py"))
@@ -702,11 +706,15 @@ def test_unusable_folders(tmp_path):
         ModelFacts.from_folder(tmp_path)
     with pytest.raises(ConfigError, match="no such folder"):
         resolve_model_facts(str(tmp_path / "missing"))
-    with pytest.raises(ConfigError, match="only one is embedded:word-problems"):
-        resolve_model_facts("embedded:poems")
 
 
 # The command line ----------------------------------------------------------------------------------------------------
+
+
+def data_files(folder: Path) -> list[str]:
+    """Files that exist, in the place of those of the demo preset."""
+    (folder / "data.jsonl").write_text("")
+    return [f"data.{name}_files={folder}/data.jsonl" for name in ("train", "val")]
 
 
 def run(*argv: str, **environment: str) -> subprocess.CompletedProcess:
@@ -756,16 +764,17 @@ def test_help_teaches():
         (["trainer.seed=${nowhere}"], "interpolation"),
     ],
 )
-def test_bad_input_is_one_error_line_and_exit_code_2(argv, words, capfd):
+def test_bad_input_is_one_error_line_and_exit_code_2(argv, words, tmp_path, capfd):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(argv)
+        cli.main([*data_files(tmp_path), *argv])
     out, err = capfd.readouterr()
     assert (exit_.value.code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 
 def test_offline_hub_id_is_one_error_line(tmp_path):
-    done = run("actor_rollout_ref.model.path=some-org/some-model", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    data = data_files(tmp_path)
+    done = run(*data, "actor_rollout_ref.model.path=some-org/some-model", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert (
         "error: actor_rollout_ref.model.path=some-org/some-model" in done.stderr
@@ -789,12 +798,12 @@ def test_other_ranks_leave_the_first_one_the_word(monkeypatch, capfd):
     assert waits == [cli.OTHER_RANKS_WAIT_S] and capfd.readouterr().err.count("error:") == 1
 
 
-@pytest.mark.parametrize("model", ["folder", EMBEDDED_MODEL])
-def test_loading_and_checking_imports_no_torch(tmp_path, model):
+def test_loading_and_checking_imports_no_torch(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    data = data_files(tmp_path)
     code = (
         "import sys; from remax_megatron.config import cli\n"
-        f"assert cli.main(['actor_rollout_ref.model.path={tmp_path if model == 'folder' else model}']) == 0\n"
+        f"assert cli.main(['actor_rollout_ref.model.path={tmp_path}', *{data}]) == 0\n"
         "heavy = {'torch', 'vllm', 'transformers', 'megatron'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)

@@ -1,4 +1,4 @@
-"""The embedded demo: word problems, tokenizer, warm-started policy. CPU only; the policy is trained for two steps."""
+"""The demo: word problems, tokenizer, warm-started policy. CPU only; the policy is trained for two steps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remax_megatron.demo import model_config, warm_start, word_problems
 from remax_megatron.demo.once import build_once, digest
+from remax_megatron.errors import UserError
+from tests.conftest import ROOT
 
 STEP = re.compile(r"(\d+)([+*-])(\d+)=(\d+)")
 APPLY = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y}
@@ -103,9 +105,9 @@ def test_command_line(tmp_path):
 
 
 def test_ensure_data_writes_once(tmp_path):
-    first = word_problems.ensure_data(tmp_path)
+    first = word_problems.ensure_data(tmp_path / "data")
     stamps = [path.stat().st_mtime_ns for path in first]
-    assert word_problems.ensure_data(tmp_path) == first == warm_start.ensure_data(tmp_path)
+    assert word_problems.ensure_data(tmp_path / "data") == first
     assert [path.stat().st_mtime_ns for path in first] == stamps
     assert pq.read_metadata(first[1]).num_rows == word_problems.NUM_TEST
 
@@ -125,8 +127,8 @@ def build(folder):
     (folder / "half").write_text("1")
     time.sleep(0.5)
     (folder / "whole").write_text("2")
-folder = build_once(base / "thing", build)
-assert sorted(p.name for p in folder.iterdir()) == ["half", "whole"]
+folder = build_once(base / "thing", 1, build)
+assert sorted(p.name for p in folder.iterdir()) == ["half", "recipe.json", "whole"]
 """
     processes = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
     assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
@@ -139,10 +141,20 @@ def test_a_failed_build_leaves_no_folder_and_the_next_one_starts_clean(tmp_path)
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        build_once(tmp_path / "thing", fails)
+        build_once(tmp_path / "thing", 1, fails)
     assert not (tmp_path / "thing").exists()
-    folder = build_once(tmp_path / "thing", lambda folder: (folder / "good").write_text("y"))
-    assert [path.name for path in folder.iterdir()] == ["good"]
+    folder = build_once(tmp_path / "thing", 1, lambda folder: (folder / "good").write_text("y"))
+    assert sorted(path.name for path in folder.iterdir()) == ["good", "recipe.json"]
+
+
+def test_another_recipe_builds_anew_and_what_was_not_made_here_stays(tmp_path):
+    for recipe in (1, 1, 2):
+        build_once(tmp_path / "thing", recipe, lambda folder, recipe=recipe: (folder / f"made-{recipe}").touch())
+    assert sorted(path.name for path in (tmp_path / "thing").iterdir()) == ["made-2", "recipe.json"]
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="mine exists and was not made by this command"):
+        build_once(tmp_path / "mine", 1, lambda folder: None)
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_digest_changes_with_the_recipe():
@@ -154,7 +166,7 @@ def test_digest_changes_with_the_recipe():
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory) -> Path:
-    return warm_start.ensure_policy(tmp_path_factory.mktemp("cache"), num_steps=2, progress=False)
+    return warm_start.ensure_policy(tmp_path_factory.mktemp("inputs") / "policy", num_steps=2, progress=False)
 
 
 def test_tokenizer_takes_any_text_and_gives_one_token_per_number(policy):
@@ -251,10 +263,10 @@ def test_ensure_policy_builds_once_per_recipe(policy, monkeypatch):
         raise AssertionError(f"built {folder} again")
 
     monkeypatch.setattr(warm_start, "save_policy", builds)
-    assert warm_start.ensure_policy(policy.parent, num_steps=2, progress=False) == policy
+    assert warm_start.ensure_policy(policy, num_steps=2, progress=False) == policy
     monkeypatch.setattr(warm_start, "LEARNING_RATE", 1.0)
     with pytest.raises(AssertionError, match="again"):
-        warm_start.ensure_policy(policy.parent, num_steps=2, progress=False)
+        warm_start.ensure_policy(policy, num_steps=2, progress=False)
 
 
 def test_labels_cover_the_answer_and_its_end(policy):
@@ -267,6 +279,21 @@ def test_labels_cover_the_answer_and_its_end(policy):
     assert " has " in tokenizer.decode(answer.tolist())
 
 
-def test_bad_num_steps(tmp_path):
-    with pytest.raises(ValueError, match="num_steps=0"):
-        warm_start.ensure_policy(tmp_path, num_steps=0, progress=False)
+def test_prepare_makes_both_folders_once(tmp_path):
+    command = [sys.executable, "-m", "remax_megatron.demo.prepare", "--folder", str(tmp_path / "inputs")]
+
+    def prepare(num_steps: int) -> subprocess.CompletedProcess:
+        options = [*command, "--num_steps", str(num_steps)]
+        return subprocess.run(options, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    done = prepare(1)
+    assert done.returncode == 0 and "Warm start" in done.stderr, done.stderr
+    files = [
+        tmp_path / "inputs" / name for name in ("policy/model.safetensors", "data/train.parquet", "data/test.parquet")
+    ]
+    assert [pq.read_metadata(file).num_rows for file in files[1:]] == [word_problems.NUM_TRAIN, word_problems.NUM_TEST]
+    stamps = [file.stat().st_mtime_ns for file in files]
+    assert prepare(1).returncode == 0
+    assert [file.stat().st_mtime_ns for file in files] == stamps
+    done = prepare(0)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "error: num_steps=0" in done.stderr

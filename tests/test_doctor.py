@@ -362,8 +362,9 @@ def ends(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, " ".join(out.split()), error
 
 
-def test_the_demo_on_this_machine(tmp_path):
+def test_the_demo_on_this_machine(demo_inputs, tmp_path):
     arguments = [sys.executable, "-m", "remax_megatron.doctor", f"trainer.default_local_dir={tmp_path}/run"]
+    arguments += demo_inputs
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
@@ -372,9 +373,10 @@ def test_the_demo_on_this_machine(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_ranks_under_torchrun(tmp_path):
+def test_two_ranks_under_torchrun(demo_inputs, tmp_path):
     arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     arguments += ["--nproc-per-node", "2", "-m", "remax_megatron.doctor", f"trainer.default_local_dir={tmp_path}/run"]
+    arguments += demo_inputs
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("remax_megatron.doctor:") == 1 and len(done.stdout.splitlines()) <= 40
@@ -390,14 +392,14 @@ def two_nodes() -> list[dict[str, str]]:
     return [common | {"MASTER_PORT": port, "RANK": str(rank)} for rank in range(2)]
 
 
-def test_two_nodes_with_folders_of_their_own_where_one_does_not_come_to_the_collective(tmp_path):
+def test_two_nodes_with_folders_of_their_own_where_one_does_not_come_to_the_collective(demo_inputs, tmp_path):
     ranks = []
     for rank, environment in enumerate(two_nodes()):
         (tmp_path / str(rank)).mkdir()
         before = "reachability.COLLECTIVE_WAIT_S, reachability.FILE_WAIT_S = 2.0, 0.5"
         if rank == 1:
             before += "; reachability._all_gather = lambda *_: time.sleep(1000)"
-        ranks.append(start("trainer.save_freq=5", before=before, cwd=tmp_path / str(rank), **environment))
+        ranks.append(start(*demo_inputs, "trainer.save_freq=5", before=before, cwd=tmp_path / str(rank), **environment))
     (first, said, error), (second, printed, _) = (ends(process) for process in ranks)
     assert (first, second, printed) == (1, 1, ""), said + error
     assert f"{tmp_path}/1 is not the folder that rank 0 writes to" in said
@@ -406,8 +408,10 @@ def test_two_nodes_with_folders_of_their_own_where_one_does_not_come_to_the_coll
     assert list(tmp_path.glob("*/*")) == []
 
 
-def test_a_rank_that_does_not_come_and_a_master_that_is_not_there():
-    ranks = [start(before="reachability.WAIT_S = 2.0", **two_nodes()[rank]) for rank in range(2)]  # two ports
+def test_a_rank_that_does_not_come_and_a_master_that_is_not_there(demo_inputs):
+    ranks = [
+        start(*demo_inputs, before="reachability.WAIT_S = 2.0", **two_nodes()[rank]) for rank in range(2)
+    ]  # two ports
     (first, said, first_error), (second, alone, second_error) = (ends(process) for process in ranks)
     assert (first, second) == (1, 1)
     assert "rank 1 did not show up at MASTER_ADDR:MASTER_PORT=127.0.0.1:" in said and "GLOO_SOCKET_IFNAME" in said

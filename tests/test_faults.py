@@ -33,13 +33,12 @@ sys.exit(sys.argv[1] != "says that all is well")
 
 @pytest.mark.vllm_cpu
 @pytest.mark.timeout(600)  # it starts four runs; under a minute on two cores of its own
-def test_killed_ranks_cost_no_more_than_the_steps_since_the_last_checkpoint(demo_policy, demo_cache, tmp_path):
+def test_killed_ranks_cost_no_more_than_the_steps_since_the_last_checkpoint(demo_policy, tmp_path):
     command = [sys.executable, "benchmarks/faults.py", "--kills=2", "--aims", "save", "update", "--steps=5"]
     command += ["--policy", demo_policy, "--work", str(tmp_path / "work"), "--json", str(tmp_path / "result.json")]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=os.environ | {"REMAX_CACHE": str(demo_cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

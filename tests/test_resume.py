@@ -29,7 +29,7 @@ def settings(demo_policy, tmp_path_factory) -> list[str]:
     gradient; the learning rate is high enough for weights to move."""
     folder = tmp_path_factory.mktemp("settings")
     (folder / "reward.py").write_text(REWARD)
-    train, _ = ensure_data(tmp_path_factory.mktemp("data"))
+    train, _ = ensure_data(folder / "data")
     import pyarrow.parquet as parquet
 
     parquet.write_table(parquet.read_table(train).slice(0, 24), folder / "train.parquet")

@@ -272,7 +272,7 @@ def test_what_the_user_got_wrong_is_said_and_not_tried_again(slurm, tmp_path):
 # -- real training ----------------------------------------------------------------------------------------------------
 
 
-def training(policy: str, run_dir: Path, ranks_per_node: int, reward: str = REWARD) -> list[str]:
+def training(inputs: list[str], run_dir: Path, ranks_per_node: int, reward: str = REWARD) -> list[str]:
     """The tiny model on two CPU ranks, whatever preset the script names: the last --config-name holds."""
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     scorer = run_dir.parent / "reward.py"
@@ -281,7 +281,7 @@ def training(policy: str, run_dir: Path, ranks_per_node: int, reward: str = REWA
         "--config-name",
         "demo",
         f"trainer.n_gpus_per_node={ranks_per_node}",
-        f"actor_rollout_ref.model.path={policy}",
+        *inputs,
         "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=1",
         f"custom_reward_function.path={scorer}",
         "data.train_batch_size=8",
@@ -303,10 +303,10 @@ def measured(run_dir: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm, demo_policy, tmp_path_factory) -> list[dict]:
+def undisturbed(slurm, demo_inputs, tmp_path_factory) -> list[dict]:
     """The metrics of a job on one node, two ranks, that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    job = slurm.submit(SCRIPTS["14b"], folder, training(demo_policy, folder / "run", ranks_per_node=2))
+    job = slurm.submit(SCRIPTS["14b"], folder, training(demo_inputs, folder / "run", ranks_per_node=2))
     ended = job.ended()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), job.log()
     metrics = measured(folder / "run")
@@ -316,9 +316,9 @@ def undisturbed(slurm, demo_policy, tmp_path_factory) -> list[dict]:
 
 @pytest.mark.vllm_cpu
 @pytest.mark.timeout(900)
-def test_signal_preemption_and_a_lost_node_leave_no_trace_in_the_metrics(slurm, undisturbed, demo_policy, tmp_path):
+def test_signal_preemption_and_a_lost_node_leave_no_trace_in_the_metrics(slurm, undisturbed, demo_inputs, tmp_path):
     run_dir, nodes = tmp_path / "run", "--nodes=2"
-    job = slurm.submit(SCRIPTS["14b"], tmp_path, training(demo_policy, run_dir, ranks_per_node=1), nodes)
+    job = slurm.submit(SCRIPTS["14b"], tmp_path, training(demo_inputs, run_dir, ranks_per_node=1), nodes)
 
     def steps() -> int:
         return (run_dir / "metrics.jsonl").read_bytes().count(b"\n") if (run_dir / "metrics.jsonl").exists() else 0
@@ -361,8 +361,8 @@ def test_signal_preemption_and_a_lost_node_leave_no_trace_in_the_metrics(slurm, 
 
 @pytest.mark.vllm_cpu
 @pytest.mark.timeout(600)
-def test_a_failing_rank_fails_the_job(slurm, demo_policy, tmp_path):
-    arguments = training(demo_policy, tmp_path / "run", 1, FAILING_REWARD)
+def test_a_failing_rank_fails_the_job(slurm, demo_inputs, tmp_path):
+    arguments = training(demo_inputs, tmp_path / "run", 1, FAILING_REWARD)
     job = slurm.submit(SCRIPTS["14b"], tmp_path, arguments, "--nodes=2")
     ended = job.ended()
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] != "0:0" and ended["Restarts"] == "0"

@@ -94,7 +94,7 @@ def hosts() -> Iterator[Hosts]:
 class Run:
     """One rank on each host, started by a torchrun of its own there."""
 
-    def __init__(self, hosts: Hosts, folder: Path, overrides: list[str], cache: Path):
+    def __init__(self, hosts: Hosts, folder: Path, overrides: list[str]):
         folder.mkdir()
         self.logs = [folder / f"host-{host}" for host in (0, 1)]
         self.processes = []
@@ -109,7 +109,7 @@ class Run:
                     subprocess.Popen(
                         command,
                         cwd=ROOT,
-                        env=os.environ | network | {"REMAX_CACHE": str(cache)},
+                        env=os.environ | network,
                         stdout=log,
                         stderr=subprocess.STDOUT,
                     )
@@ -139,8 +139,9 @@ class Run:
 
 @pytest.mark.vllm_cpu
 @pytest.mark.timeout(600)  # two starts of two engines, and the deadline
-def test_a_cut_link_ends_both_hosts_and_the_run_resumes(hosts, demo_policy, demo_cache, tmp_path):
+def test_a_cut_link_ends_both_hosts_and_the_run_resumes(hosts, demo_policy, demo_data, tmp_path):
     overrides = [
+        *demo_data,
         f"actor_rollout_ref.model.path={demo_policy}",
         "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=1",
         "data.train_batch_size=8",
@@ -151,7 +152,7 @@ def test_a_cut_link_ends_both_hosts_and_the_run_resumes(hosts, demo_policy, demo
         "trainer.save_freq=1",
         f"trainer.default_local_dir={tmp_path / 'run'}",
     ]
-    run = Run(hosts, tmp_path / "cut", overrides, demo_cache)
+    run = Run(hosts, tmp_path / "cut", overrides)
     run.wait_for("Epoch 1, Step 2:")
     hosts.cut()
     assert all(code != 0 for code in run.codes(ENDS_WITHIN_S))
@@ -163,7 +164,7 @@ def test_a_cut_link_ends_both_hosts_and_the_run_resumes(hosts, demo_policy, demo
         assert "watchdog: here phase" in output and "thread MainThread" in output
 
     hosts.mend()
-    run = Run(hosts, tmp_path / "mended", overrides, demo_cache)
+    run = Run(hosts, tmp_path / "mended", overrides)
     assert run.codes(240) == [0, 0], run.output(0) + run.output(1)
     assert "Resuming after step" in run.output(0)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

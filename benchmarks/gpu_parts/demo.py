@@ -6,6 +6,7 @@ import statistics
 
 from gpu_parts.part import Numbers, Part
 from gpu_parts.training import model_with_tokenizer, train
+from remax_megatron.demo.word_problems import ensure_data
 
 
 def run(part: Part) -> None:
@@ -16,6 +17,8 @@ def _demo(part: Part) -> Numbers:
     overrides = ["actor_rollout_ref.rollout.gpu_memory_utilization=0.3"]
     if part.tiny:  # two steps on a random model, which knows nothing and learns nothing
         overrides += [f"actor_rollout_ref.model.path={model_with_tokenizer(part, '0.5b')}"]
+        names = zip(("train", "val"), ensure_data(part.work / "data"), strict=True)
+        overrides += [f"data.{name}_files={path}" for name, path in names]
         overrides += ["trainer.total_training_steps=2", "data.train_batch_size=4", "data.val_max_samples=8"]
         overrides += ["actor_rollout_ref.rollout.kv_cache_gib=0.1"]
     records = train(part, "demo", *overrides)

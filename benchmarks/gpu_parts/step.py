@@ -11,6 +11,7 @@ import statistics
 
 from gpu_parts.part import Numbers, Part
 from gpu_parts.training import model_with_tokenizer, train
+from remax_megatron.demo.word_problems import ensure_data
 
 REWARD = """import random
 
@@ -28,7 +29,7 @@ def _steps(part: Part) -> Numbers:
     (part.work / "reward.py").write_text(REWARD)
     overrides = [
         f"actor_rollout_ref.model.path={model_with_tokenizer(part, '1.5b')}",
-        "data.train_files=embedded:word-problems/train",
+        f"data.train_files={ensure_data(part.work / 'data')[0]}",
         "data.val_files=null",
         f"data.train_batch_size={4 if part.tiny else 64}",
         "data.max_prompt_length=64",

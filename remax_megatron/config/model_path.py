@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from remax_megatron.config.schema import EMBEDDED_MODEL, ConfigError
+from remax_megatron.config.schema import ConfigError
 from remax_megatron.model_facts import ModelFacts
 
 KEY = "actor_rollout_ref.model.path"
@@ -17,12 +17,6 @@ HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 def resolve_model_facts(path: str) -> ModelFacts:
     """Facts for any legal `actor_rollout_ref.model.path`. UserError when they cannot be had."""
-    if path.startswith("embedded:"):
-        if path != EMBEDDED_MODEL:
-            raise ConfigError(f"{KEY}={path} is not an embedded model; the only one is {EMBEDDED_MODEL}")
-        from remax_megatron.demo.model_config import MODEL_CONFIG
-
-        return ModelFacts.from_hf_config(MODEL_CONFIG, path, KEY)
     if Path(path).expanduser().is_dir():
         return ModelFacts.from_folder(path, setting=KEY)
     if not HUB_ID.fullmatch(path):

@@ -41,9 +41,7 @@ from remax_megatron.config.setting import (
 from remax_megatron.errors import UserError
 from remax_megatron.types import Recompute
 
-EMBEDDED_MODEL = "embedded:word-problems"
 LOGGERS = ("console", "wandb", "tensorboard")
-EMBEDDED_FILES = (f"{EMBEDDED_MODEL}/train", f"{EMBEDDED_MODEL}/test")
 DTYPES = ("bfloat16", "float32")
 RECOMPUTE_MODULES = ("mlp", "core_attn", "layernorm")
 
@@ -96,6 +94,11 @@ class Data:
     )
     shuffle: bool = setting(True, help="Draws a new order of the prompts for each epoch from trainer.seed.")
     prompt_key: str = setting("prompt", help="The column of the data files that holds the prompt.")
+    prepare_command: str | None = setting(
+        None,
+        on_resume=MAY_CHANGE,
+        help="The command that makes model and data; it is never run, but named in the error when a file is missing.",
+    )
 
 
 @dataclass
@@ -105,7 +108,7 @@ class Model:
     path: str = setting(
         MISSING,
         path=True,
-        example=f"FOLDER (or {EMBEDDED_MODEL})",
+        example="FOLDER",
         help="Hugging Face folder, converted Megatron folder, or hub id.",
     )
     use_remove_padding: bool = setting(True, help="Micro-batches are always packed without padding: True is needed.")

@@ -1,9 +1,8 @@
 """The demo's policy: a tokenizer and a Qwen2 model of 1.1 million parameters, warm-started on word problems.
 
-    python -m remax_megatron.demo.warm_start --output DIR [--seed S] [--num_steps N]
-
-writes an ordinary Hugging Face folder. It takes one to two minutes on two cores, in plain torch and float32, and is the
-same to the bit for the same seed, torch build, processor and number of threads.
+An ordinary Hugging Face folder; `demo/prepare.py` is the command that makes it. It takes one to two minutes on two
+cores, in plain torch and float32, and is the same to the bit for the same seed, torch build, processor and number of
+threads.
 
 What the warm start is, and is not. The model learns by plain supervised learning from demonstrations of *mixed*
 quality, as scraped text is. They part in two places: whether the sentence takes the right operation, and whether a
@@ -15,7 +14,6 @@ out every question of the test file.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import random
@@ -25,19 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from remax_megatron.demo.model_config import MODEL_CONFIG
-from remax_megatron.demo.once import build_once, digest
-from remax_megatron.demo.word_problems import INSTRUCTION, Problem, ensure_data, problems, splits
+from remax_megatron.demo.once import build_once
+from remax_megatron.demo.word_problems import INSTRUCTION, Problem, problems, splits
+from remax_megatron.errors import UserError
 
-__all__ = ["MODEL_CONFIG", "demonstration", "ensure_data", "ensure_policy", "make_tokenizer", "train_policy"]
-
-# ---- the recipe: a changed value changes the name of the cached folder -----------------------------------------------
+# ---- the recipe: a policy of other values is built anew --------------------------------------------------------------
 
 RIGHT_SHARE = {"join": 0.85, "separate": 0.85, "two_steps": 0.85, "groups": 0.75, "compare": 0.35}
 FINAL_LINE_SHARE = {"join": 0.40, "separate": 0.45, "two_steps": 0.25, "groups": 0.30, "compare": 0.30}
@@ -119,11 +115,8 @@ def train_policy(
 ) -> Qwen2ForCausalLM:
     """A fresh model after `num_steps` steps of AdamW (short warm-up, cosine decay to 5 %), float32, on the CPU.
 
-    The caller's random state is left as it was. Raises ValueError when num_steps is below 1 or the vocabulary
-    is not the config's.
+    The caller's random state is left as it was. Raises ValueError when the vocabulary is not the config's.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: the warm start needs at least 1 step; set num_steps={NUM_STEPS}")
     if len(tokenizer) != MODEL_CONFIG["vocab_size"]:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, MODEL_CONFIG['vocab_size'] is {MODEL_CONFIG['vocab_size']}; "
@@ -144,13 +137,8 @@ def train_policy(
         return min(1.0, (step + 1) / warmup) * decayed
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for input_ids, labels in track(
-        islice(_batches(tokenizer, seed), num_steps),
-        description="Warm start",
-        total=num_steps,
-        console=Console(stderr=True),
-        disable=not progress,
-    ):
+    batches = islice(_batches(tokenizer, seed), num_steps)
+    for input_ids, labels in tqdm(batches, "Warm start", num_steps, disable=not progress):
         hidden_states = model.model(input_ids=input_ids).last_hidden_state[:, :-1]
         targets = labels[:, 1:]
         scored = targets != -100  # logits of answer tokens only
@@ -188,31 +176,12 @@ def _recipe(seed: int, num_steps: int) -> dict[str, Any]:
     }
 
 
-def ensure_policy(cache_dir: str | Path, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True) -> Path:
-    """The folder of the warm-started policy in `cache_dir`, built when absent.
+def ensure_policy(folder: Path, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True) -> Path:
+    """Build the warm-started policy in `folder` unless it is there, of the same recipe; returns `folder`.
 
-    Its name holds a hash of the whole recipe, so a changed recipe never meets an old folder. Safe when several
-    processes call at once: one builds, the others wait. Uses as many threads as torch is set to.
+    Safe when several processes call at once: one builds, the others wait. Uses as many threads as torch is set to.
+    UserError when num_steps is below 1, or `folder` was not made here.
     """
-    folder = Path(cache_dir) / f"word-problems-policy-{digest(_recipe(seed, num_steps))}"
-    return build_once(folder, lambda aside: save_policy(aside, seed, num_steps, progress))
-
-
-def main() -> None:
-    """Train the demo's policy ahead, as the command line says."""
-    parser = argparse.ArgumentParser(description="Build the demo's warm-started policy.")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write; must not exist yet")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=NUM_STEPS)
-    args = parser.parse_args()
-    if args.output.exists():
-        parser.error(f"--output {args.output}: exists already; name a new folder or remove that one")
-    if args.num_steps < 1:
-        parser.error(f"--num_steps {args.num_steps}: must be at least 1; {NUM_STEPS} is the recipe's")
-    build_once(args.output, lambda aside: save_policy(aside, args.seed, args.num_steps))
-    args.output.with_name(f"{args.output.name}.lock").unlink(missing_ok=True)
-    print(args.output)
-
-
-if __name__ == "__main__":
-    main()
+    if num_steps < 1:
+        raise UserError(f"num_steps={num_steps}: the warm start needs at least 1 step; set num_steps={NUM_STEPS}")
+    return build_once(folder, _recipe(seed, num_steps), lambda aside: save_policy(aside, seed, num_steps, progress))

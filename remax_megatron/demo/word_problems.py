@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from remax_megatron.data.schema import make_row, write_parquet
-from remax_megatron.demo.once import build_once, digest
+from remax_megatron.demo.once import build_once
 
 DATA_SOURCE = "word_problems"
 NUM_TRAIN = 3840
@@ -218,15 +218,14 @@ def write_files(
     return paths[0], paths[1]
 
 
-def ensure_data(cache_dir: str | Path) -> tuple[Path, Path]:
-    """(train path, test path) of the default problems in `cache_dir`, written when absent.
+def ensure_data(folder: Path) -> tuple[Path, Path]:
+    """Write the default problems into `folder` unless they are there; returns (train path, test path).
 
-    They lie in a folder named by a hash of all rows, so that a changed generator never meets old files. Safe when
-    several processes call at once.
+    A changed generator writes them anew. Safe when several processes call at once. UserError when `folder` was not made
+    here.
     """
     train, test = splits()
-    key = digest([rows("train", train), rows("test", test)])
-    folder = build_once(Path(cache_dir) / f"word-problems-data-{key}", write_files)
+    build_once(folder, [rows("train", train), rows("test", test)], write_files)
     return folder / "train.parquet", folder / "test.parquet"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from remax_megatron.config.rules.registry import MODEL_RULES, REMARKS, RULES, Setup
-from remax_megatron.config.schema import EMBEDDED_FILES, Config, ConfigError, as_list
+from remax_megatron.config.schema import Config, ConfigError, as_list
 from remax_megatron.config.setting import value_of
 from remax_megatron.model_facts import ModelFacts
 
@@ -45,9 +45,9 @@ def validate_files(config: Config) -> None:
     for key, needed in (("data.train_files", True), ("data.val_files", False)):
         files = as_list(value_of(config, key))
         if needed and not files:
-            raise ConfigError(f"{key} is not set; set it to a file, a list of files, or {EMBEDDED_FILES[0]}")
+            raise ConfigError(f"{key} is not set; set it to a file or a list of files")
         for file in files:
-            _validate_data_file(key, file)
+            _validate_data_file(key, file, config.data.prepare_command)
     reward = config.custom_reward_function
     if reward.path is not None and not (Path(reward.path).suffix == ".py" and Path(reward.path).expanduser().is_file()):
         raise ConfigError(
@@ -60,20 +60,16 @@ def validate_files(config: Config) -> None:
         )
 
 
-def _validate_data_file(key: str, file: Any) -> None:
+def _validate_data_file(key: str, file: Any, prepare_command: str | None) -> None:
     if not isinstance(file, str) or not file:
         raise ConfigError(f"{key} holds {file!r}; set it to a path or a list of paths")
-    if file.startswith("embedded:"):
-        if file not in EMBEDDED_FILES:
-            raise ConfigError(f"{key}={file} is not embedded data; set it to {' or '.join(EMBEDDED_FILES)}")
-        return
     path = Path(file).expanduser()
     if path.suffix not in DATA_SUFFIXES:
         raise ConfigError(
             f"{key}={file} has an unknown suffix {path.suffix!r}; set it to a file of {', '.join(DATA_SUFFIXES)}"
         )
     if not path.is_file():
-        raise ConfigError(
-            f"{key}={file}: there is no such file; set it to an existing one"
-            " (GSM8K is written by: python -m remax_megatron.data.gsm8k --local_dir DIR)"
-        )
+        fix = "set it to an existing one (GSM8K is written by: python -m remax_megatron.data.gsm8k --local_dir DIR)"
+        if prepare_command is not None:
+            fix = f"first run this command, which makes it: {prepare_command}"
+        raise ConfigError(f"{key}={file}: there is no such file; {fix}")
