@@ -45,7 +45,7 @@ HOW = (  # the first row that a command begins with
     ("torchrun --nproc-per-node 8 -m remax_megatron ", GPU),
     ("torchrun --nnodes 2 ", GPU),
     ("torchrun --nproc-per-node N pretrain_gpt.py ", GPU),
-    ("python -c 'from remax_megatron.inputs import local_model_folder ", ELSEWHERE),  # test_demo.py
+    ("python -m remax_megatron.demo.prepare ", ELSEWHERE),  # test_demo.py
     ("python -m benchmarks.gpu ", GPU),  # test_gpu_benchmark.py runs it without one
     ("for layers in local transformer_engine; do ", ELSEWHERE),  # make gpu-counts, in an environment of its own
     ("python -m remax_megatron.doctor --config-name qwen2_5_", GPU),
@@ -155,7 +155,7 @@ def test_the_settings_of_a_run_are_valid(command):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory, demo_cache) -> tuple[Path, dict[str, str]]:
+def root(tmp_path_factory, demo_policy, demo_data) -> tuple[Path, dict[str, str]]:
     """A folder for the commands to run in, and their environment."""
     folder = tmp_path_factory.mktemp("root")
     for part in ("remax_megatron", "benchmarks", "conf", "convert", "docs", "examples", "slurm"):
@@ -165,6 +165,11 @@ def root(tmp_path_factory, demo_cache) -> tuple[Path, dict[str, str]]:
     example = json.dumps({"question": "What is 2 + 3?", "answer": "2 + 3 = 5\n#### 5"}) + "\n"
     for split in ("train", "test"):
         (folder / "DIR" / f"{split}.jsonl").write_text(example)
+    # What the demo's preparation makes.
+    inputs = folder / "runs" / "demo" / "inputs"
+    inputs.mkdir(parents=True)
+    (inputs / "policy").symlink_to(demo_policy)
+    (inputs / "data").symlink_to(Path(demo_data[0].partition("=")[2]).parent)
     # What the hub would give to the SmolLM2 example.
     (folder / "runs" / "gsm8k").mkdir(parents=True)
     for split in ("train", "test"):
@@ -186,7 +191,6 @@ def root(tmp_path_factory, demo_cache) -> tuple[Path, dict[str, str]]:
         "PATH": f"{programs}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HOME": str(folder / "home"),
-        "REMAX_CACHE": str(demo_cache),
     }
     return folder, environment
 
