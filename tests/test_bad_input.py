@@ -68,6 +68,10 @@ CASES = {
         lambda p, f: [f"data.train_files={f}/train.parquet"],
         ["train.parquet", "no such file", "python -m remax_megatron.demo.prepare"],
     ),
+    "the demo's model is not prepared": (
+        lambda p, f: ["actor_rollout_ref.model.path=not/prepared/policy"],
+        ["not/prepared/policy", "no such folder", "python -m remax_megatron.demo.prepare"],
+    ),
     "missing model folder": (lambda p, f: [f"actor_rollout_ref.model.path={f}/nowhere"], ["nowhere", "no such folder"]),
     "not a Qwen2 folder": (lambda p, f: [f"actor_rollout_ref.model.path={other_model(f)}"], ["llama", "Qwen2"]),
     "parquet without the columns": (

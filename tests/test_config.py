@@ -105,7 +105,7 @@ def test_demo_preset_reads_what_its_prepare_command_makes():
     assert (config.trainer.device, config.trainer.default_local_dir) == ("cpu", "runs/demo")
     made = [f"{prepare.FOLDER}/{name}" for name in ("data/train.parquet", "data/test.parquet", "policy")]
     assert [config.data.train_files, config.data.val_files, config.actor_rollout_ref.model.path] == made
-    assert config.data.prepare_command == f"python -m {prepare.__name__}"
+    assert config.trainer.prepare_command == f"python -m {prepare.__name__}"
 
 
 GUIDE_EXAMPLES = {
@@ -637,7 +637,7 @@ def test_files_exist_with_a_known_suffix(tmp_path):
     refused("", train=[str(tmp_path / "a.jsonl")], reward=str(tmp_path / "reward.py"))
     refused("no such file", train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
     refused("unknown suffix '.csv'.*parquet", train=str(tmp_path / "a.csv"))
-    refused("data.val_files=.*no such file; first run .*: python -m remax_megatron.demo.prepare", val="b.jsonl")
+    refused("data.val_files=.*no such file; .* with: python -m remax_megatron.demo.prepare", val="b.jsonl")
     refused("not set", train=None)
     refused("holds", train={"a": 1})
     refused("custom_reward_function.path", reward=str(tmp_path / "none.py"))

@@ -109,7 +109,7 @@ def load_and_validate(request: CliRequest, world_size: int | None) -> tuple[Conf
             world_size = config.trainer.nnodes * config.trainer.n_gpus_per_node
         validate(config, world_size, None)  # what needs no model comes first: facts may take a download
         validate_files(config)
-        facts = resolve_model_facts(config.actor_rollout_ref.model.path)
+        facts = resolve_model_facts(config.actor_rollout_ref.model.path, config.trainer.prepare_command)
         return config, facts, loaded.notes + validate(config, world_size, facts)
 
 

@@ -15,15 +15,18 @@ KEY = "actor_rollout_ref.model.path"
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 
-def resolve_model_facts(path: str) -> ModelFacts:
-    """Facts for any legal `actor_rollout_ref.model.path`. UserError when they cannot be had."""
+def resolve_model_facts(path: str, prepare_command: str | None = None) -> ModelFacts:
+    """Facts for any legal `actor_rollout_ref.model.path`. UserError when they cannot be had.
+
+    `prepare_command` (trainer.prepare_command) is named when there is no such folder.
+    """
     if Path(path).expanduser().is_dir():
         return ModelFacts.from_folder(path, setting=KEY)
     if not HUB_ID.fullmatch(path):
-        raise ConfigError(
-            f"{KEY}={path}: there is no such folder; set it to a folder with config.json and *.safetensors, or to a "
-            "hub id such as Qwen/Qwen2.5-7B-Instruct"
-        )
+        fix = "set it to a folder with config.json and *.safetensors, or to a hub id such as Qwen/Qwen2.5-7B-Instruct"
+        if prepare_command is not None:
+            fix += f", or make the preset's own with: {prepare_command}"
+        raise ConfigError(f"{KEY}={path}: there is no such folder; {fix}")
     return ModelFacts.from_file(_hub_config_file(path), path, setting=KEY)
 
 

@@ -94,11 +94,6 @@ class Data:
     )
     shuffle: bool = setting(True, help="Draws a new order of the prompts for each epoch from trainer.seed.")
     prompt_key: str = setting("prompt", help="The column of the data files that holds the prompt.")
-    prepare_command: str | None = setting(
-        None,
-        on_resume=MAY_CHANGE,
-        help="The command that makes model and data; it is never run, but named in the error when a file is missing.",
-    )
 
 
 @dataclass
@@ -518,6 +513,11 @@ class Trainer:
         3, limits=POSITIVE, help="Updates in a row that may be skipped because they are not finite; then the run ends."
     )
     export_hf: bool = setting(True, help="Writes the final policy as a Hugging Face folder to default_local_dir/hf.")
+    prepare_command: str | None = setting(
+        None,
+        help="The command that makes the preset's model and data; it is not run, but named in the error when one of "
+        "them is missing.",
+    )
 
 
 @dataclass

@@ -85,7 +85,7 @@ def settings(config: Config, world_size: int, notes: Sequence[str], findings: li
         check_attention(config)
         validate_files(config)
         if not of_hub or (folder / "config.json").is_file():
-            facts = resolve_model_facts(path)
+            facts = resolve_model_facts(path, config.trainer.prepare_command)
             validate(config, world_size, facts)
             what = f"{facts.num_layers} layers of {facts.hidden_size}"
     except UserError as error:

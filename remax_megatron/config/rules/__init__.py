@@ -47,7 +47,7 @@ def validate_files(config: Config) -> None:
         if needed and not files:
             raise ConfigError(f"{key} is not set; set it to a file or a list of files")
         for file in files:
-            _validate_data_file(key, file, config.data.prepare_command)
+            _validate_data_file(key, file, config.trainer.prepare_command)
     reward = config.custom_reward_function
     if reward.path is not None and not (Path(reward.path).suffix == ".py" and Path(reward.path).expanduser().is_file()):
         raise ConfigError(
@@ -71,5 +71,5 @@ def _validate_data_file(key: str, file: Any, prepare_command: str | None) -> Non
     if not path.is_file():
         fix = "set it to an existing one (GSM8K is written by: python -m remax_megatron.data.gsm8k --local_dir DIR)"
         if prepare_command is not None:
-            fix = f"first run this command, which makes it: {prepare_command}"
+            fix = f"set it to an existing one, or make the preset's own with: {prepare_command}"
         raise ConfigError(f"{key}={file}: there is no such file; {fix}")
