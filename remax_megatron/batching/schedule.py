@@ -229,9 +229,16 @@ def _level_ranks(table: np.ndarray, ranks: np.ndarray, rows: _Rows) -> None:
 
 
 def _swap(table: np.ndarray, dear: np.ndarray, cheap: np.ndarray, rows: _Rows, turn: int, extra: Any = 0) -> None:
-    """For each bin dear[k] the one swap with a bin of cheap[k] that is best: least over the budget, then least cost of
-    the dearer of the two, dear[k] counting `extra[k]` more than it costs. A swap with a free place is a move. All bins
-    named are different. Shapes: dear [num], extra [num, 1, 1], cheap [num, partners]."""
+    """Make the best swap of each bin dear[k] with a bin of cheap[k]: the one that is least over the budget, then least
+    in the cost of the costlier of the two. A swap with a free place is a move. All bins named are different.
+
+    table  [bins, places], the row at each place of a bin
+    dear   [num], costly bins
+    cheap  [num, partners], the bins that each of them may swap with
+    rows   lengths and costs
+    turn   which of a bin's places are tried
+    extra  [num, 1, 1], what dear[k] counts more than it costs
+    """
     num, partners = cheap.shape
     width = table.shape[1]
     c = min(width, COMB)

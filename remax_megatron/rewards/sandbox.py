@@ -307,7 +307,11 @@ def _readable() -> list[str]:
 
 
 def _new_root(folder: str, folder_bytes: int, root: bool, uid: int, gid: int, proc: int) -> None:
-    """Enters new namespaces with a root of read-only mounts at `folder`; children are in a new pid namespace."""
+    """Enter new namespaces with a root of read-only mounts at `folder`; children are in a new pid namespace.
+
+    `folder_bytes` is the size of what may be written, `root` whether this process is root's; if not, `uid` and `gid`
+    are mapped through `proc`, a descriptor of /proc.
+    """
     kinds = _CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWIPC | _CLONE_NEWPID | _CLONE_NEWNET
     if root:
         _call("unshare", kinds)
