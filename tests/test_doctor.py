@@ -267,10 +267,10 @@ def test_transformer_engine_that_cannot_be_loaded_is_named(packages, monkeypatch
 # Settings and model --------------------------------------------------------------------------------------------------
 
 
-def test_model_without_network(monkeypatch, tmp_path):
+def test_model_without_network(monkeypatch, tmp_path, demo_data):
     def settings(path: str) -> tuple[ModelFacts | None, list[Finding]]:
         found: list[Finding] = []
-        config = load_config("demo", [f"actor_rollout_ref.model.path={path}"]).config
+        config = load_config("demo", [*demo_data, f"actor_rollout_ref.model.path={path}"]).config
         return command.settings(config, 2, [], found), found
 
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was asked"))

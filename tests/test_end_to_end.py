@@ -308,7 +308,7 @@ def replay_worker(payload):
     for layout, settings in payload["cases"]:
         policy = build_policy(payload["folder"], layout, device, **settings)
         update = take_update(policy, payload["rows"])
-        results.append((layout, settings, update.loss, update.grad_norm, update.mismatch_max))
+        results.append((layout, settings, update.loss, update.grad_norm, update.metrics["rollout/logprob_diff_max"]))
         mpu.destroy_model_parallel()
     return results
 
