@@ -105,7 +105,7 @@ def test_a_swap_meets_the_bound_where_dealing_does_not() -> None:
 
 def test_ranks_are_balanced_by_cost_and_not_by_tokens() -> None:
     # Two ranks, one micro-batch each. By tokens 12 | 4 4 4 is even; with cost l^2 it is 144 | 48. The best split within
-    # the budget of 14 stays: 4 more tokens beside the 12 are too many, and no swap makes the dearer side cheaper ...
+    # the budget of 14 stays: 4 more tokens beside the 12 are too many, and no swap makes the heavier side lighter ...
     assert schedule_by_tokens([12, 4, 4, 4], dp=2, token_budget=14, cost=RowCost(0, 1)) == [[[1, 2, 3]], [[0]]]
     # ... and with 6 6 | 4 4 4 (72 | 48 by cost, even by tokens) a 6 is swapped for a 4: 52 | 68 is the lesser of all.
     schedule = schedule_by_tokens([6, 6, 4, 4, 4], dp=2, token_budget=16, cost=RowCost(0, 1))

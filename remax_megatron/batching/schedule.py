@@ -13,7 +13,7 @@ A micro-batch may be empty when there are fewer rows than micro-batches; the pac
 
 What `schedule_by_tokens` aims at beyond them: few micro-batches; micro-batches of one index that cost the same on all
 ranks (they wait for each other where a collective or a pipeline couples them); ranks whose totals are the same; and
-the cheapest indices first and last with the dearest in the middle, because a pipeline idles during its warm-up and
+the cheapest indices first and last with the costliest in the middle, because a pipeline idles during its warm-up and
 cool-down for as long as the first and the last micro-batches take. benchmarks/schedule.py measures all of it.
 """
 
@@ -33,12 +33,12 @@ from remax_megatron.model_facts import ModelFacts
 # Schedule[dp_rank][micro_batch] = row numbers
 Schedule = list[list[list[int]]]
 
-REPAIR_TURNS = 40  # rounds of swaps that may bring micro-batches back under the budget before another count is tried
+MAX_REPAIR_ROUNDS = 40  # of swaps that bring micro-batches back under the budget; then another count is tried
 STALLED = 6  # rounds within which the tokens over the budget must halve
-LEVEL_TURNS = 16  # rounds of swaps that level the costs within an index, and as many for those of ranks
+MAX_LEVEL_ROUNDS = 16  # of swaps that level the costs within an index, and as many for those of ranks
 SAME_COST = 4096  # costs are level when they differ by less than one part in this
 PARTNERS = 12  # micro-batches that one over the budget looks for a swap in, per round
-COMB = 16  # rows of a micro-batch considered per round, every time others
+CANDIDATE_ROWS = 16  # rows of a micro-batch that a round considers; the next round takes others
 COST_BITS = 36  # costs of a micro-batch are scaled to this many bits, so that overflow * cost fits 64
 
 
@@ -76,7 +76,7 @@ def schedule_by_tokens(
     dealt longest first to the emptiest micro-batch; swaps repair what is then over the budget. Failing that, best-fit
     decreasing may do with this count or the next; otherwise its own count is taken (less than twice the tokens need).
     Then the micro-batches are sorted by cost, dp neighbours form an index, swaps within an index level it, and the
-    ranks that have done least get the dearest of it.
+    costliest micro-batch of each goes to the least-loaded rank.
 
     Raises ValueError when a row alone exceeds the budget, naming the setting.
     """
@@ -162,12 +162,12 @@ def _table(bins: list[list[int]], num_bins: int, empty: int) -> np.ndarray:
 def _repair(table: np.ndarray, rows: _Rows) -> bool:
     """Swap rows of micro-batches over the budget into others until none is; False when that does not succeed soon."""
     last = table.size * rows.budget
-    for turn in range(REPAIR_TURNS):
+    for round_number in range(MAX_REPAIR_ROUNDS):
         loads = rows.tokens[table].sum(1)
         over = int(np.maximum(loads - rows.budget, 0).sum())
         if over == 0:
             return True
-        if turn % STALLED == 0:
+        if round_number % STALLED == 0:
             if 2 * over > last:
                 return False
             last = over
@@ -176,28 +176,28 @@ def _repair(table: np.ndarray, rows: _Rows) -> bool:
         within = order[: len(order) - num_over]
         num = min(num_over, len(within))
         partners = min(PARTNERS, len(within) // num) if num else 0
-        # The emptiest in even turns, others in odd ones.
-        within = np.roll(within, -turn * num if turn % 2 else 0)[: num * partners]
-        _swap(table, order[::-1][:num], within.reshape(partners, num).T, rows, turn)
+        # The emptiest in even rounds, others in odd ones.
+        within = np.roll(within, -round_number * num if round_number % 2 else 0)[: num * partners]
+        _swap(table, order[::-1][:num], within.reshape(partners, num).T, rows, round_number)
     return False
 
 
 def _level_indices(table: np.ndarray, rows: _Rows, dp: int) -> None:
-    """Sorted by cost, dp neighbours are an index: swap between its dear and its cheap micro-batches."""
+    """Sorted by cost, dp neighbours are an index: swap between its heavy and its light micro-batches."""
     half = dp // 2
-    for turn in range(LEVEL_TURNS if half else 0):
+    for round_number in range(MAX_LEVEL_ROUNDS if half else 0):
         loads = rows.costs[table].sum(1)
         groups = np.argsort(loads, kind="stable").reshape(-1, dp)
-        cheap = np.roll(groups[:, :half], turn, axis=1).ravel()
-        dear = groups[:, : dp - half - 1 : -1].ravel()
-        uneven = (loads[dear] - loads[cheap]) * SAME_COST > loads[dear]
+        light = np.roll(groups[:, :half], round_number, axis=1).ravel()
+        heavy = groups[:, : dp - half - 1 : -1].ravel()
+        uneven = (loads[heavy] - loads[light]) * SAME_COST > loads[heavy]
         if not uneven.any():
             return
-        _swap(table, dear[uneven], cheap[uneven, None], rows, turn)
+        _swap(table, heavy[uneven], light[uneven, None], rows, round_number)
 
 
 def _over_ranks(loads: np.ndarray, dp: int) -> np.ndarray:
-    """[dp, count] micro-batches: neighbours in cost are an index, its dearest goes to the rank with the least so far.
+    """[dp, count] micro-batches: dp neighbours in cost are an index, whose costliest goes to the least-loaded rank.
 
     Uneven indices are handed out first, so that the others make up for them. The cheapest come to both ends.
     """
@@ -214,51 +214,59 @@ def _over_ranks(loads: np.ndarray, dp: int) -> np.ndarray:
 def _level_ranks(table: np.ndarray, ranks: np.ndarray, rows: _Rows) -> None:
     """Where an index could not be levelled, let ranks make up for it a little in each of the others."""
     half, count = len(ranks) // 2, ranks.shape[1]
-    for turn in range(LEVEL_TURNS if half else 0):
+    for round_number in range(MAX_LEVEL_ROUNDS if half else 0):
         loads = rows.costs[table].sum(1)
         totals = loads[ranks].sum(1)
         if (totals.max() - totals.min()) * SAME_COST <= totals.max():
             return
         order = np.argsort(totals, kind="stable")
-        dear, cheap = order[::-1][:half], np.roll(order[:half], turn)
-        share = ((totals[dear] - totals[cheap]) // count).repeat(count)
-        dear, cheap = ranks[dear].ravel(), ranks[cheap].ravel()
-        # Seen by _swap, the dear one is dearer by its rank's share of what the ranks differ by, and by nothing else.
-        extra = share - loads[dear] + loads[cheap]
-        _swap(table, dear, cheap[:, None], rows, turn, extra[:, None, None])
+        heavy, light = order[::-1][:half], np.roll(order[:half], round_number)
+        share = ((totals[heavy] - totals[light]) // count).repeat(count)
+        heavy, light = ranks[heavy].ravel(), ranks[light].ravel()
+        # For _swap the heavy one costs more by its rank's share of what the ranks differ by, and by nothing else.
+        extra = share - loads[heavy] + loads[light]
+        _swap(table, heavy, light[:, None], rows, round_number, extra[:, None, None])
 
 
-def _swap(table: np.ndarray, dear: np.ndarray, cheap: np.ndarray, rows: _Rows, turn: int, extra: Any = 0) -> None:
-    """Make the best swap of each bin dear[k] with a bin of cheap[k]: the one that is least over the budget, then least
-    in the cost of the costlier of the two. A swap with a free place is a move. All bins named are different.
+def _swap(
+    table: np.ndarray, heavy: np.ndarray, light: np.ndarray, rows: _Rows, round_number: int, extra: Any = 0
+) -> None:
+    """Make in each heavy micro-batch the one swap of a row, with a row of one of its partners, that helps most.
 
-    table  [bins, places], the row at each place of a bin
-    dear   [num], costly bins
-    cheap  [num, partners], the bins that each of them may swap with
-    rows   lengths and costs
-    turn   which of a bin's places are tried
-    extra  [num, 1, 1], what dear[k] counts more than it costs
+    table         [micro-batches, places]: row numbers, changed in place
+    heavy         [num]: the micro-batches to relieve
+    light         [num, partners]: the micro-batches that each may swap with; all that are named are different
+    rows          tokens and costs of the rows, and the budget
+    round_number  chooses the CANDIDATE_ROWS places of each micro-batch that are considered
+    extra         [num, 1, 1] or 0: what each heavy one counts beyond the cost of its rows
+
+    That swap helps most after which the two are over the budget by the fewest tokens and then, of equal ones, the
+    costlier of the two costs least. A swap with a free place is a move. Where no swap helps none is made.
     """
-    num, partners = cheap.shape
+    num, partners = light.shape
     width = table.shape[1]
-    c = min(width, COMB)
-    places = (np.arange(c) * width // c + turn) % width
+    candidates = min(width, CANDIDATE_ROWS)
+    places = (np.arange(candidates) * width // candidates + round_number) % width
 
-    def after(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sums of dear[k] now [num], and of both after each swap [num, c, partners * c]."""
-        out, back = values[table[dear[:, None], places]], values[table[cheap[..., None], places]].reshape(num, -1)
-        change = out[:, :, None] - back[:, None, :]
-        now, other = values[table[dear]].sum(1), values[table[cheap]].sum(2).repeat(c, axis=1)
-        return now, now[:, None, None] - change, other[:, None, :] + change
+    def sums(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of heavy now [num]; of heavy and of light after each swap, both [num, candidates, partners * candidates]."""
+        leaving = values[table[heavy[:, None], places]]
+        arriving = values[table[light[..., None], places]].reshape(num, -1)
+        change = leaving[:, :, None] - arriving[:, None, :]
+        heavy_now, light_now = values[table[heavy]].sum(1), values[table[light]].sum(2).repeat(candidates, axis=1)
+        return heavy_now, heavy_now[:, None, None] - change, light_now[:, None, :] + change
 
-    load, *loads = after(rows.tokens)
-    cost, *costs = (load, *loads) if rows.costs is rows.tokens else after(rows.costs)
-    over = np.maximum(loads[0] - rows.budget, 0) + np.maximum(loads[1] - rows.budget, 0)
-    score = ((over << COST_BITS) + np.maximum(costs[0] + extra, costs[1])).reshape(num, -1)
-    best = score.argmin(1)
-    before = (np.maximum(load - rows.budget, 0) << COST_BITS) + cost + np.ravel(extra)
-    better = score[np.arange(num), best] < before
-    k, best = np.flatnonzero(better), best[better]
-    i, (partner, j) = best // (partners * c), np.divmod(best % (partners * c), c)
-    here, there = (dear[k], places[i]), (cheap[k, partner], places[j])
+    def over(tokens: np.ndarray) -> np.ndarray:
+        return np.maximum(tokens - rows.budget, 0)
+
+    tokens_now, heavy_tokens, light_tokens = tokens = sums(rows.tokens)
+    cost_now, heavy_costs, light_costs = tokens if rows.costs is rows.tokens else sums(rows.costs)
+    over_after = over(heavy_tokens) + over(light_tokens)
+    after = ((over_after << COST_BITS) + np.maximum(heavy_costs + extra, light_costs)).reshape(num, -1)
+    now = (over(tokens_now) << COST_BITS) + cost_now + np.ravel(extra)
+    best = after.argmin(1)
+    helps = after[np.arange(num), best] < now
+    k, best = np.flatnonzero(helps), best[helps]
+    place, (partner, other) = best // (partners * candidates), np.divmod(best % (partners * candidates), candidates)
+    here, there = (heavy[k], places[place]), (light[k, partner], places[other])
     table[here], table[there] = table[there], table[here]
