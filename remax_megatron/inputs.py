@@ -16,7 +16,7 @@ from remax_megatron.config.load import to_yaml
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.data.dataset import PromptDataset, load_prompts
 from remax_megatron.model_facts import ModelFacts
-from remax_megatron.rewards.sandbox import available_protections
+from remax_megatron.rewards.sandbox.api import available_protections
 from remax_megatron.rewards.scoring import check_data_sources, load_scorer
 from remax_megatron.weights.megatron_folder import open_weights
 

@@ -19,24 +19,25 @@ from pathlib import Path
 
 import pytest
 
-from remax_megatron.rewards import sandbox
 from remax_megatron.rewards.code import extract_program, score
 from remax_megatron.rewards.pool import RewardPool, ScoreRequest
-from remax_megatron.rewards.sandbox import CONFINEMENTS, Limits, Protections, SandboxError, available_protections
+from remax_megatron.rewards.sandbox import api, supervisor
+from remax_megatron.rewards.sandbox.api import CONFINEMENTS, Protections, SandboxError, available_protections
+from remax_megatron.rewards.sandbox.limits import Limits
 from remax_megatron.rewards.scoring import RewardError
 
 
 @pytest.fixture(scope="module", params=CONFINEMENTS)
 def confinement(request: pytest.FixtureRequest) -> str:
     try:
-        assert sandbox.run_python("print(1)", confinement=request.param).stdout == b"1\n"
+        assert api.run_python("print(1)", confinement=request.param).stdout == b"1\n"
     except SandboxError as error:
         pytest.skip(f"this machine has no confinement by {request.param}: {error}")
     return request.param
 
 
-def run(confinement: str, program: str, stdin: str = "", **limits: float) -> sandbox.Run:
-    return sandbox.run_python(program, stdin=stdin, limits=Limits(**limits), confinement=confinement)
+def run(confinement: str, program: str, stdin: str = "", **limits: float) -> api.Run:
+    return api.run_python(program, stdin=stdin, limits=Limits(**limits), confinement=confinement)
 
 
 def printed(confinement: str, program: str, **limits: float) -> str:
@@ -68,7 +69,7 @@ def attempts(confinement: str, *actions: str) -> list[str]:
 def test_honest_programs(confinement: str) -> None:
     assert printed(confinement, "print(6 * 7)") == "42"
     result = run(confinement, "print(input()[::-1]); import sys; sys.exit(3)", stdin="abc\n")
-    assert result == sandbox.Run("exit", 3, b"cba\n", b"")
+    assert result == api.Run("exit", 3, b"cba\n", b"")
     program = "import tempfile, json; f = tempfile.NamedTemporaryFile('w+'); json.dump([1], f); f.flush(); f.seek(0)"
     assert printed(confinement, f"{program}; print(f.read())") == "[1]"
     program = "import sys; sys.setrecursionlimit(9000); f = lambda n: n and 1 + f(n - 1); print(f(5000))"
@@ -221,7 +222,7 @@ for fd in range(3, 200):
 try: others = [n for n in os.listdir("/proc") if n.isdigit()]
 except OSError: others = []
 print(sorted(names), fds, others)"""
-    assert printed(confinement, program) == f"{sorted(sandbox.ENVIRONMENT)} [] []"
+    assert printed(confinement, program) == f"{sorted(supervisor.ENVIRONMENT)} [] []"
     os.close(reader)
     os.close(writer)
 
@@ -258,7 +259,8 @@ def test_the_program_dies_with_its_caller(confinement: str) -> None:
     code = f"""
 import sys
 sys.path[:] = {sys.path!r}
-from remax_megatron.rewards.sandbox import Limits, run_python
+from remax_megatron.rewards.sandbox.api import run_python
+from remax_megatron.rewards.sandbox.limits import Limits
 print("ready", flush=True)
 run_python("import time\\nend = time.time() + 20\\nwhile time.time() < end: pass",
            limits=Limits(wall_s=20), confinement={confinement!r})
@@ -318,11 +320,11 @@ def test_protections_are_told_and_needed(monkeypatch: pytest.MonkeyPatch) -> Non
     none = Protections(
         None, False, 0, False, "namespaces: unshare: not permitted; landlock: Landlock ABI 0, 3 is needed"
     )
-    monkeypatch.setattr(sandbox, "available_protections", lambda: none)
+    monkeypatch.setattr(api, "available_protections", lambda: none)
     with pytest.raises(
         RewardError, match=r"cannot be confined on this machine: namespaces: unshare.*; landlock: .* ABI 0"
     ):
-        sandbox.run_python("print(1)")
+        api.run_python("print(1)")
     with pytest.raises(RewardError, match="cannot be confined"):
         score("print(1)", json.dumps({"inputs": [""], "outputs": ["1"]}))
 
@@ -331,7 +333,7 @@ def test_failure_of_a_layer_is_an_error_not_a_result(monkeypatch: pytest.MonkeyP
     def broken(pid: int) -> None:
         raise OSError(22, "prctl: Invalid argument")
 
-    monkeypatch.setattr(sandbox, "_filter_syscalls", broken)
+    monkeypatch.setattr(supervisor, "filter_syscalls", broken)
     with pytest.raises(SandboxError, match="prctl: Invalid argument"):
         run(confinement, "print(1)")
 

@@ -1,4 +1,4 @@
-r"""The scorer of programs: runs the answer's last ```python block (or the whole text) in the sandbox (sandbox.py).
+r"""The scorer of programs: runs the answer's last ```python block (or the whole text) in the sandbox (sandbox/).
 
 The ground truth is JSON, of one of two forms:
 
@@ -23,7 +23,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from remax_megatron.rewards.sandbox import Limits, run_python
+from remax_megatron.rewards.sandbox.api import run_python
+from remax_megatron.rewards.sandbox.limits import Limits
 from remax_megatron.rewards.scoring import RewardError
 
 LIMITS = Limits()

@@ -9,7 +9,7 @@ An answer whose scorer overruns its deadline costs its worker (SIGKILL, a new on
 interpreters (worker.py), take many cheap answers per message or few expensive ones, and never outlive this process.
 
 One thread at a time may use a pool. Linux only (memfd, PR_SET_PDEATHSIG). A worker also dies with the *thread* that
-started it, which the next `score` mends. A scorer is trusted code here; untrusted programs run in sandbox.py.
+started it, which the next `score` mends. A scorer is trusted code here; untrusted programs run in sandbox/.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 
 from remax_megatron.errors import UserError
-from remax_megatron.rewards.sandbox import remove_folder
+from remax_megatron.rewards.sandbox.api import remove_folder
 from remax_megatron.rewards.scoring import RewardError
 from remax_megatron.rewards.worker import BOOTSTRAP, LOAD_S, Progress, ScoreRequest, ScoreResult
 
