@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -30,8 +31,14 @@ def test_folders_of_dead_processes_go_and_all_others_stay(tmp_path: Path) -> Non
     dead = subprocess.Popen(["true"])
     dead.wait()
     stay = {f"remax-run-{os.getpid()}-a", "remax-run-1-b", "remax-run-c", f"other-{dead.pid}-d"}
-    for name in stay | {f"remax-run-{dead.pid}-e"}:
+    locked = f"remax-run-{dead.pid}-in-another-container"
+    for name in stay | {f"remax-run-{dead.pid}-e", locked}:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
+    handle = os.open(tmp_path / locked, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    remove_dead_folders(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == stay | {locked}
+    os.close(handle)
     remove_dead_folders(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == stay

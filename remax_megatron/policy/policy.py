@@ -338,7 +338,7 @@ class _Totals:
         torch.maximum(self._maxima, maxima, out=self._maxima)
 
     def metrics(self, num_tokens: int) -> dict[str, float]:
-        """The objective's metrics over all ranks' micro-batches, with `num_tokens` response tokens. Collective."""
+        """The objective's metrics over all ranks' micro-batches; these have `num_tokens` tokens. Every rank calls."""
         dist.all_reduce(self._sums)
         dist.all_reduce(self._maxima, op=dist.ReduceOp.MAX)
         values = torch.cat([self._sums, self._maxima]).tolist()  # the host waits for the device once
@@ -349,7 +349,7 @@ class _Totals:
         )
 
     def nonfinite_rows(self) -> list[int]:
-        """The rows of all ranks' micro-batches that have a token whose loss is not finite, in order. Collective."""
+        """The rows of all ranks' micro-batches with a token whose loss is not finite, in order. Every rank calls."""
         mine = [
             row
             for batch, finite_R in self._finite
