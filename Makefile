@@ -106,7 +106,6 @@ lint: $(STAMP)
 # Tests get a temporary folder that goes with them: not all that they start, and kill, cleans up.
 IN_TEMPORARY = @folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && TMPDIR=$$folder
 
-
 # Two files at a time: much of the time is start-up on one core, and waiting. On a busy machine: PYTEST_ARGS="-n 0".
 test: lint
 	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
