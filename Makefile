@@ -6,7 +6,7 @@
 #   EXTRA_INDEX  one more package index, added to every pip call            (default none)
 #   TORCH_INDEX  where the CPU build of torch is when pip's own indexes have none
 #   ARGS         arguments of the command, e.g. ARGS="trainer.seed=2" for the demo, or of the doctor
-#   PYTEST_ARGS  arguments for pytest, e.g. PYTEST_ARGS="tests/test_data.py -x"
+#   PYTEST_ARGS  arguments for pytest, e.g. PYTEST_ARGS="tests/data/test_data.py -x"
 
 SHELL := /bin/bash
 PYTHON ?= python3

@@ -10,7 +10,7 @@
 Real Megatron policy (26.6M parameters, float32, one rank), optimizer step included; medians. Lengths are drawn like
 GSM8K's: prompts of 106 tokens on average with the chat template, answers log-normal with mean 249, cut at 1024.
 Rewards of samples and greedy answers are 1 with probability 0.3, 0.6 or 0.9, independently: at 0.6 that leaves most
-rows with a gradient that binary rewards can. c and d give b's gradient (tests/test_exactness.py); a's differs by
+rows with a gradient that binary rewards can. c and d give b's gradient (tests/policy/test_exactness.py); a's differs by
 nothing but padding. The ratios are those at 60 %.
 """
 

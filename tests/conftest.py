@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import FunctionType
 
 import pytest
 
+from tests import ROOT
+
 # Before torch is imported: tests share two cores with the ranks they start, and spinning threads would starve both.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

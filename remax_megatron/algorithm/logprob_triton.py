@@ -12,7 +12,7 @@ its first column. Sums and factors have one row per quantity and one column per 
 columns will do. What is written is written in place.
 
 Importing this file needs Triton (tried with 3.6), which PyTorch's CUDA builds bring along. With TRITON_INTERPRET=1 in
-the environment before the import, the kernels run on CPU tensors, slowly; tests/test_logprob_triton.py does that.
+the environment before the import, the kernels run on CPU tensors, slowly: see tests/algorithm/test_logprob_triton.py.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False

@@ -3,7 +3,7 @@
 Every rank calls with the same arguments and gets the same answer (integer arithmetic and stable sorts only), so no
 collective is needed to agree.
 
-Invariants of a `Schedule`, each asserted by tests/test_schedule.py:
+Invariants of a `Schedule`, each asserted by tests/batching/test_schedule.py:
     1. every row is in exactly one micro-batch;
     2. the sum of lengths of a micro-batch never exceeds the token budget;
     3. all data-parallel ranks have the same number of micro-batches, at least one;

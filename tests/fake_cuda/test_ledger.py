@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from benchmarks.gpu_counts import Counts, stage_jobs
-from tests.ledger_cases import CASES, FACTS, TE, Case
+from tests.doctor.ledger_cases import CASES, FACTS, TE, Case
 from tests.stand_ins.fake_cuda.processes import Job, play_each
 
 

@@ -13,9 +13,9 @@ from remax_megatron.convert.hf_to_megatron import convert as hf_to_megatron
 from remax_megatron.convert.megatron_to_hf import convert as megatron_to_hf
 from remax_megatron.weights.megatron_folder import TRACKER
 from remax_megatron.weights.torch_dist import TorchDist
+from tests.convert.test_layouts import PRELOAD, bits, build, worlds
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
-from tests.test_convert_layouts import PRELOAD, bits, build, worlds
 
 MODELS = {"tied": dict(tied=True, vocab=1100, kv=2), "untied": dict(tied=False, vocab=12 * 128, kv=4)}
 WAVES = [  # of (tp, pp, dp, models in the order of loading), 8 ranks each

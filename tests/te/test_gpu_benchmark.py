@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from tests.ranks import ROOT, run_ranks
+from tests import ROOT
+from tests.ranks import run_ranks
 
 
 def worker(folder: str) -> dict[str, dict]:

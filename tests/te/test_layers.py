@@ -1,6 +1,6 @@
 """Transformer Engine's layers against Megatron's local ones: gradients in every mode, and bfloat16.
 
-That each kind agrees with transformers, at every layout, is shown by tests/test_policy_parity.py run on it.
+That each kind agrees with transformers, at every layout, is shown by tests/model/test_parity.py run on it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from remax_megatron.types import Recompute
+from tests.policy.test_exactness import recorded_rows, relative_difference
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
-from tests.test_exactness import recorded_rows, relative_difference
 
 TE, LOCAL = "transformer_engine", "local"
 MODES = {  # layers, recompute, weight gradients fused
@@ -32,7 +32,7 @@ CASES = {  # ranks -> (tp, pp, mode, shared prompts); sequence parallelism with 
 
 def build(folder: str, device, tp: int, pp: int, mode: str, *, shared: bool = False):
     """A policy in float32, with several micro-batches for `recorded_rows`."""
-    from tests import test_exactness
+    from tests.policy import test_exactness
 
     layers, recompute, fused = MODES[mode]
     how = (shared, False, 70, recompute)
@@ -47,7 +47,7 @@ def build(folder: str, device, tp: int, pp: int, mode: str, *, shared: bool = Fa
 def gradient_of_second_update(policy) -> dict[str, torch.Tensor]:
     """Of the second: in a model's very first backward pass a fused weight gradient is written, later ones are added."""
     from remax_megatron.algorithm.aggregation import weigh_rows
-    from tests.test_exactness import gradients
+    from tests.policy.test_exactness import gradients
 
     for _ in range(2):
         rows = recorded_rows()
@@ -108,8 +108,8 @@ def bfloat16_worker(folder: str):
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings
+    from tests.policy.test_exactness import gradients
     from tests.stand_ins.te_cpu import compiled
-    from tests.test_exactness import gradients
 
     calls = []
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.checkpoint.test_saver import PRELOAD, state, tensors
+from tests.model.test_parity import take_update
+from tests.policy.test_exactness import recorded_rows
 from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
-from tests.test_checkpoint import PRELOAD, state, tensors
-from tests.test_exactness import recorded_rows
-from tests.test_policy_parity import take_update
 
 OVERLAPS = {"none": (False, False), "reduce": (True, False), "reduce and gather": (True, True)}
 LAYOUTS = {2: 1, 4: 2}  # ranks -> pipeline stages; DP 2

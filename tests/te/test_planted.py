@@ -15,9 +15,9 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.policy.test_exactness import recorded_rows, relative_difference
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
-from tests.test_exactness import recorded_rows, relative_difference
 
 LOGITS, GRADIENT, STREAM, ATTENTION = "logits", "gradient", "stream", "attention"
 LIMITS = {LOGITS: 1e-4, GRADIENT: 5e-6, STREAM: 0.0}
@@ -146,8 +146,8 @@ def worker(payload) -> dict[str, dict[str, float | str]]:
     from remax_megatron.parallel.layout import init_distributed, init_model_parallel
     from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.settings import PolicySettings
+    from tests.model.test_parity import logits_of
     from tests.te import test_layers, test_overlap
-    from tests.test_policy_parity import logits_of
 
     device, folder, rows = init_distributed("cpu", 120), payload["folder"], recorded_rows()
 

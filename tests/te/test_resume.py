@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from remax_megatron.checkpoint.folders import iteration_folder
+from tests.checkpoint.test_saver import PRELOAD, equal
 from tests.ranks import run_ranks
 from tests.small_models import make_qwen2
-from tests.test_checkpoint import PRELOAD, equal
 
-CASES = ["tp2", "dp2, bfloat16"]  # layouts of tests/test_checkpoint.py: a tied model in float32, an untied one
+CASES = ["tp2", "dp2, bfloat16"]  # layouts of tests/checkpoint/test_saver.py: a tied model in float32, an untied one
 TE, LOCAL = "transformer_engine", "local"
 RUNS = {  # name -> (layers, the run it starts from, updates done by then, until)
     "A": (LOCAL, None, 0, 3),
@@ -36,8 +36,8 @@ def worker(payload) -> dict[tuple[str, str], list[tuple[float, float]]]:
     from megatron.core import parallel_state as mpu
 
     from remax_megatron.parallel.layout import init_distributed
+    from tests.checkpoint.test_saver import train
     from tests.te.test_layers import forget_attention
-    from tests.test_checkpoint import train
 
     device = init_distributed("cpu", 100)
     found = {}

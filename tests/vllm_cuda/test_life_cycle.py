@@ -90,9 +90,9 @@ def worker(payload) -> dict:
 
     from remax_megatron.parallel.layout import init_distributed
     from remax_megatron.rollout.bridge import Bridge, CanaryError
+    from tests.rollout.test_bridge import Corrupting, build_engine, build_policy, tokens_of
     from tests.stand_ins import vllm_cuda
     from tests.stand_ins.vllm_cuda.kernels import CALLS
-    from tests.test_bridge import Corrupting, build_engine, build_policy, tokens_of
 
     folder, scenario = payload
     policy = build_policy(folder, init_distributed("cpu", 300))

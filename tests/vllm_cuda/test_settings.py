@@ -60,7 +60,7 @@ def worker(folder: str) -> dict:
     dist.init_process_group("fake", rank=0, world_size=WORLD_SIZE, store=FakeStore())
     from remax_megatron.config.schema import RolloutConfig
     from remax_megatron.rollout.engine import CanaryPrompt, Engine
-    from tests.test_bridge import Tokenizer
+    from tests.rollout.test_bridge import Tokenizer
 
     real, found = vllm.LLM, {"torch": parameters}
     for name, (tp, dtype, settings) in CASES.items():

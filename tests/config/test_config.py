@@ -1,0 +1,814 @@
+"""Settings: presets, overrides, rules, and the command line, all without torch, Megatron or vLLM."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from remax_megatron.config import cli
+from remax_megatron.config.load import list_presets, load_config, nearest_keys, presets_dir, to_yaml
+from remax_megatron.config.model_path import resolve_model_facts
+from remax_megatron.config.rules import validate, validate_files
+from remax_megatron.config.rules.registry import RULES, Setup
+from remax_megatron.config.schema import SETTINGS, Config, ConfigError, recompute_of
+from remax_megatron.config.setting import set_value, value_of
+from remax_megatron.demo import prepare
+from remax_megatron.demo.model_config import MODEL_CONFIG
+from remax_megatron.model_facts import ModelError, ModelFacts
+from remax_megatron.types import Recompute
+from tests import ROOT
+
+
+def qwen2_5(layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, tied: bool) -> ModelFacts:
+    return ModelFacts(layers, hidden, ffn, heads, kv, hidden // heads, vocab, tied, max_position_embeddings=32768)
+
+
+MODELS = {
+    "qwen2_5_3b": qwen2_5(36, 2048, 11008, 16, 2, 151936, tied=True),
+    "qwen2_5_7b": qwen2_5(28, 3584, 18944, 28, 4, 152064, tied=False),
+    "qwen2_5_14b": qwen2_5(48, 5120, 13824, 40, 8, 152064, tied=False),
+    "qwen2_5_32b": qwen2_5(64, 5120, 27648, 40, 8, 152064, tied=False),
+}
+# The demo's shape where the demo itself is not the point: 4 layers, 4 heads of 32, 2 KV heads.
+TINY = ModelFacts(4, 128, 384, 4, 2, 32, 512, True, 512)
+DEMO = ModelFacts.from_hf_config(MODEL_CONFIG, "demo")
+
+ACTOR = "actor_rollout_ref.actor"
+MEGATRON = f"{ACTOR}.megatron"
+RECOMPUTE = f"{MEGATRON}.override_transformer_config"
+CORRECTION = "algorithm.rollout_correction"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+@cache
+def preset_config(name: str) -> Config:
+    return load_config(name).config
+
+
+def quick_config(preset: str, overrides: Iterable[str]) -> Config:
+    """The preset with values set one by one: 0.2 s faster than composing it, for the many tests of rules."""
+    config = copy.deepcopy(preset_config(preset))
+    parser = OverridesParser.create()
+    for text in overrides:
+        override = parser.parse_override(text)
+        assert override.key_or_group in SETTINGS
+        set_value(config, override.key_or_group, override.value())
+    return config
+
+
+def check(
+    *overrides: str, preset: str = "demo", world_size: int | None = None, model: ModelFacts | None = TINY
+) -> list[str]:
+    """Validate the preset with `overrides`; as many ranks as the settings ask for unless told otherwise."""
+    config = quick_config(preset, overrides)
+    return validate(config, world_size or config.trainer.nnodes * config.trainer.n_gpus_per_node, model)
+
+
+def load_and_check(*overrides: str, preset: str = "demo", model: ModelFacts = TINY) -> tuple[Config, list[str]]:
+    """As `check`, through the real loader; returns its notes too."""
+    loaded = load_config(preset, overrides)
+    trainer = loaded.config.trainer
+    return loaded.config, loaded.notes + validate(loaded.config, trainer.nnodes * trainer.n_gpus_per_node, model)
+
+
+# Presets and the guide's examples ------------------------------------------------------------------------------------
+
+
+def test_every_preset_is_listed_with_a_description_and_all_are_tested():
+    presets = list_presets()
+    assert list(presets) == ["demo", *MODELS]
+    assert all(len(text) > 20 for text in presets.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gpu_presets_are_valid_for_their_model(name):
+    config, notes = load_and_check(preset=name, model=MODELS[name])
+    assert notes == []
+    assert config.algorithm.adv_estimator == "remax" and not config.algorithm.use_kl_in_reward
+    assert config.data.train_files == str(Path("~/data/gsm8k/train.parquet").expanduser())
+    assert name.removeprefix("qwen2_5_").upper() in config.actor_rollout_ref.model.path
+
+
+def test_demo_preset_reads_what_its_prepare_command_makes():
+    config, notes = load_and_check(model=DEMO)
+    assert notes == []
+    assert (config.trainer.device, config.trainer.default_local_dir) == ("cpu", "runs/demo")
+    made = [f"{prepare.FOLDER}/{name}" for name in ("data/train.parquet", "data/test.parquet", "policy")]
+    assert [config.data.train_files, config.data.val_files, config.actor_rollout_ref.model.path] == made
+    assert config.trainer.prepare_command == f"python -m {prepare.__name__}"
+
+
+GUIDE_EXAMPLES = {
+    "gsm8k 7B": (
+        "qwen2_5_7b",
+        [
+            "data.train_batch_size=1024",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=24000",
+            f"{ROLLOUT}.n=4",
+            "trainer.total_epochs=10",
+        ],
+        {"data.train_batch_size": 1024, f"{ACTOR}.ppo_max_token_len_per_gpu": 24000, f"{ROLLOUT}.n": 4},
+    ),
+    "no KL": (
+        "qwen2_5_7b",
+        ["data.train_batch_size=1024", "algorithm.use_kl_in_reward=False", "trainer.logger=['console','wandb']"],
+        {"algorithm.use_kl_in_reward": False, "trainer.logger": ["console", "wandb"], "trainer.total_epochs": 10},
+    ),
+    "14B": (
+        "qwen2_5_14b",
+        [
+            "data.train_batch_size=512",
+            f"{ACTOR}.optim.lr=5e-7",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=16000",
+            f"{ROLLOUT}.tensor_model_parallel_size=4",
+        ],
+        {"data.train_batch_size": 512, f"{ACTOR}.optim.lr": 5e-7, f"{ROLLOUT}.tensor_model_parallel_size": 4},
+    ),
+    "long": (
+        "qwen2_5_7b",
+        [
+            "data.max_prompt_length=1024",
+            "data.max_response_length=2048",
+            "data.train_batch_size=512",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=12000",
+            "trainer.total_epochs=15",
+        ],
+        {"data.max_response_length": 2048, f"{ACTOR}.ppo_max_token_len_per_gpu": 12000, "trainer.total_epochs": 15},
+    ),
+    "four nodes": (
+        "qwen2_5_7b",
+        [
+            "data.train_batch_size=2048",
+            f"{ACTOR}.ppo_max_token_len_per_gpu=20000",
+            f"{ROLLOUT}.tensor_model_parallel_size=2",
+            "trainer.nnodes=4",
+            "trainer.n_gpus_per_node=8",
+        ],
+        {"data.train_batch_size": 2048, f"{ACTOR}.ppo_max_token_len_per_gpu": 20000, "trainer.nnodes": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("example", GUIDE_EXAMPLES)
+def test_guide_examples_compose_and_are_valid(example):
+    preset, overrides, expected = GUIDE_EXAMPLES[example]
+    config, _ = load_and_check(*overrides, preset=preset, model=MODELS[preset])
+    assert {key: value_of(config, key) for key in expected} == expected
+
+
+def test_every_key_of_the_guide_is_known():
+    names = {
+        "data": "train_files,val_files,train_batch_size,max_prompt_length,max_response_length,filter_overlong_prompts,"
+        "truncation",
+        "actor_rollout_ref.model": "path,use_remove_padding,enable_gradient_checkpointing",
+        ACTOR: "optim.lr,ppo_mini_batch_size,use_dynamic_bsz,ppo_max_token_len_per_gpu,use_kl_loss,kl_loss_coef,"
+        "kl_loss_type,entropy_coeff,clip_ratio,loss_agg_mode,ppo_epochs,fsdp_config.param_offload,"
+        "fsdp_config.optimizer_offload",
+        MEGATRON: "tensor_model_parallel_size,pipeline_model_parallel_size,virtual_pipeline_model_parallel_size,"
+        "context_parallel_size,sequence_parallel,use_distributed_optimizer,param_offload,grad_offload,optimizer_offload",
+        "actor_rollout_ref.ref": "fsdp_config.param_offload",
+        ROLLOUT: "name,tensor_model_parallel_size,gpu_memory_utilization,n,temperature,top_p,top_k,val_kwargs.n,"
+        "val_kwargs.do_sample,val_kwargs.temperature",
+        "algorithm": "adv_estimator,use_kl_in_reward,kl_penalty,kl_ctrl.kl_coef,kl_ctrl.type,kl_ctrl.horizon,"
+        "kl_ctrl.target_kl",
+        "trainer": "critic_warmup,logger,project_name,experiment_name,n_gpus_per_node,nnodes,save_freq,test_freq,"
+        "total_epochs,val_before_train,default_local_dir,resume_mode,validation_data_dir",
+        "custom_reward_function": "path,name",
+    }
+    keys = {f"{group}.{name}" for group, listed in names.items() for name in listed.split(",")}
+    assert keys - set(SETTINGS) == set()
+
+
+# Overrides, types, unknown keys --------------------------------------------------------------------------------------
+
+
+def test_overrides_as_hydra_users_write_them():
+    config = load_config(
+        "demo",
+        [
+            f"+{ACTOR}.clip_ratio=0.3",
+            "++trainer.seed=7",
+            "trainer.logger=[console,tensorboard]",
+            "data={train_batch_size:32,max_prompt_length:64}",
+            "trainer.experiment_name=${trainer.project_name}_x",
+            f"{ACTOR}.ppo_mini_batch_size=null",
+            "data.train_files=['~/a.parquet','b=1.jsonl']",
+            "data.val_files=~/x=1/test.parquet",
+        ],
+    ).config
+    assert config.actor_rollout_ref.actor.clip_ratio == 0.3
+    assert (config.trainer.seed, config.trainer.logger) == (7, ["console", "tensorboard"])
+    assert (config.data.train_batch_size, config.data.max_prompt_length, config.data.max_response_length) == (
+        32,
+        64,
+        32,
+    )
+    assert config.trainer.experiment_name == f"{config.trainer.project_name}_x"
+    home = str(Path.home())
+    assert config.data.train_files == [f"{home}/a.parquet", "b=1.jsonl"]
+    assert config.data.val_files == f"{home}/x=1/test.parquet"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [
+        ("lr", f"{ACTOR}.optim.lr"),
+        ("n", f"{ROLLOUT}.n"),
+        ("model.path", "actor_rollout_ref.model.path"),
+        ("trainer.sed", "trainer.seed"),
+        ("trainer.total_epoch", "trainer.total_epochs"),
+        ("temperatur", f"{ROLLOUT}.temperature"),
+        (f"{MEGATRON}.tensor_parallel_size", f"{MEGATRON}.tensor_model_parallel_size"),
+        ("critic.optim.lr", f"{ACTOR}.optim.lr"),
+        ("ref.fsdp_config.param_offload", "actor_rollout_ref.ref.fsdp_config.param_offload"),
+    ],
+)
+def test_unknown_key_names_the_nearest(wrong, nearest):
+    assert nearest_keys(wrong)[0] == nearest
+    for prefix in ("", "+", "++"):
+        with pytest.raises(ConfigError, match=rf"unknown setting {wrong}; did you mean {nearest}"):
+            load_config("demo", [f"{prefix}{wrong}=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.seed=abc", ["trainer.seed='abc'", "an integer"]),
+        ("trainer.seed=1.5", ["trainer.seed=1.5", "an integer"]),
+        ("trainer.seed=null", ["trainer.seed=None", "an integer"]),
+        ("data.val_batch_size=x", ["data.val_batch_size='x'", "an integer or null"]),
+        (f"{ACTOR}.optim.lr=fast", ["optim.lr='fast'", "a number"]),
+        ("trainer.val_before_train=maybe", ["'maybe'", "True or False"]),
+        ("trainer=3", ["trainer=3", "group of settings"]),
+        ("data=null", ["data=None", "group of settings"]),
+        ("trainer.seed", ["cannot be read", "key=value"]),
+        ("trainer.seed=1,2", ["sweep", "[a,b]"]),
+        ("~trainer.seed", ["deletes"]),
+        ("trainer/x=y", ["config group"]),
+        ("data={train_batch_size:8,foo:2}", ["unknown setting data.foo"]),
+        ("hydra.run.dir=x", ["unknown setting hydra.run.dir"]),
+        ("trainer.seed=${nowhere}", ["trainer.seed", "interpolation", "nowhere"]),
+        ("actor_rollout_ref.model.path=???", ["actor_rollout_ref.model.path is not set"]),
+        ("data.train_files=???", ["data.train_files is not set"]),
+    ],
+)
+def test_unreadable_override_is_one_clear_error(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [override])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trainer: [", ["cannot be read", "line"]),
+        ("- a", ["cannot be read"]),
+        ("trainer: {seed: 1}\ntrainer: {seed: 2}", ["cannot be read", "duplicate"]),
+        ("defaults: [nowhere, _self_]", ["cannot be read", "nowhere"]),
+        ("trainer: {sed: 1}", ["unknown setting trainer.sed (in the preset mine)", "trainer.seed"]),
+        ("trainer.sed: 1", ["unknown setting trainer.sed", "trainer.seed"]),
+        ("trainer: {seed: abc}", ["trainer.seed='abc' (in the preset mine)", "an integer"]),
+        ("trainer: 3", ["trainer=3", "group of settings"]),
+        ("critic: {optim: {lr: 1}}", ["unknown setting critic.optim.lr", "actor.optim.lr"]),
+    ],
+)
+def test_wrong_preset_is_one_clear_error(tmp_path, text, words):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config("mine", config_dir=tmp_path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_own_preset_builds_on_a_shipped_one_with_nested_and_dotted_keys(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "# Mine.\ndefaults: [qwen2_5_7b, _self_]\n"
+        f"data:\n  max_prompt_length: 256\n{ACTOR}.optim.lr: 2e-6\ndata.train_batch_size: 96\ntrainer:\n"
+    )
+    config = load_config("mine.yaml", ["data.train_batch_size=48"], tmp_path).config
+    assert (config.data.max_prompt_length, config.data.train_batch_size) == (256, 48)
+    assert config.actor_rollout_ref.actor.optim.lr == 2e-6
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-7B-Instruct"
+    assert list_presets(tmp_path) == {"mine": "Mine."}
+
+
+@pytest.mark.parametrize("name", ["demo", *MODELS])
+def test_yaml_round_trip(tmp_path, name):
+    config = load_config(name, ["trainer.logger=[console,wandb]", "data.train_files=[a.parquet,b.parquet]"]).config
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = load_config("config", config_dir=tmp_path)
+    assert again.config == config and again.notes == []
+
+
+# Mapped and remarked settings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "key", "value"),
+    [
+        (f"{ACTOR}.fsdp_config.param_offload=True", f"is read as {MEGATRON}", f"{MEGATRON}.param_offload", True),
+        (
+            f"{ACTOR}.fsdp_config.optimizer_offload=True",
+            f"is read as {MEGATRON}",
+            f"{MEGATRON}.optimizer_offload",
+            True,
+        ),
+        (
+            "actor_rollout_ref.ref.fsdp_config.param_offload=True",
+            "no KL term asks for a reference policy",
+            "actor_rollout_ref.ref.megatron.param_offload",
+            True,
+        ),
+        (f"{MEGATRON}.sequence_parallel=True", "treated as False", f"{MEGATRON}.sequence_parallel", False),
+        (
+            f"{MEGATRON}.virtual_pipeline_model_parallel_size=1",
+            "treated as null",
+            f"{MEGATRON}.virtual_pipeline_model_parallel_size",
+            None,
+        ),
+        (f"{MEGATRON}.grad_offload=True", "no effect: the run is on the CPU", f"{MEGATRON}.grad_offload", True),
+        ("trainer.critic_warmup=5", "ReMax has no critic", "trainer.critic_warmup", 5),
+        (f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", "packs by tokens", f"{ACTOR}.ppo_micro_batch_size_per_gpu", 4),
+        (f"{ROLLOUT}.val_kwargs.temperature=0.6", "is greedy", f"{ROLLOUT}.val_kwargs.temperature", 0.6),
+        (f"{ROLLOUT}.val_kwargs.temperature=0", None, f"{ROLLOUT}.val_kwargs.temperature", 0.0),
+        ("trainer.logger=console", None, "trainer.logger", ["console"]),
+    ],
+)
+def test_mapped_settings(override, words, key, value):
+    config, notes = load_and_check(override, f"{MEGATRON}.tensor_model_parallel_size=1")
+    assert value_of(config, key) == value
+    assert words is None or any(words in note for note in notes), notes
+
+
+def test_no_validation_data_is_remarked():
+    notes = check("data.val_files=null", "trainer.test_freq=-1")
+    assert any("no validation" in note for note in notes)
+
+
+def test_alias_and_its_key_must_agree():
+    with pytest.raises(ConfigError, match="stands for"):
+        load_config("demo", [f"{ACTOR}.fsdp_config.param_offload=True", f"{MEGATRON}.param_offload=False"])
+
+
+def test_offload_on_cuda_is_allowed_without_remark():
+    assert check(f"{MEGATRON}.optimizer_offload=True", preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"]) == []
+
+
+# Rules ---------------------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "choice": (["data.truncation=middle"], ["data.truncation=middle", "error, left, right"]),
+    "device": (["trainer.device=tpu"], ["trainer.device=tpu", "auto, cuda, cpu"]),
+    "resume": (["trainer.resume_mode=always"], ["resume_mode=always", "auto, disable, path"]),
+    "resume path": (["trainer.resume_mode=path"], ["path needs trainer.resume_from_path", "resume_mode=auto"]),
+    "estimator": (["algorithm.adv_estimator=gae"], ["adv_estimator=gae", "remax, rloo, grpo, reinforce"]),
+    "fsdp": ([f"{ACTOR}.strategy=fsdp"], ["strategy=fsdp", "set it to megatron", "fsdp_config"]),
+    "loss mode": ([f"{ACTOR}.loss_agg_mode=batch-mean"], ["loss_agg_mode=batch-mean", "token-mean"]),
+    "engine": ([f"{ROLLOUT}.name=sglang"], ["rollout.name=sglang", "vllm"]),
+    "dtype": ([f"{MEGATRON}.dtype=float16"], ["dtype=float16", "bfloat16, float32"]),
+    "rollout dtype": ([f"{ROLLOUT}.dtype=half"], ["dtype=half", "null, bfloat16, float32"]),
+    "positive": (["data.train_batch_size=0"], ["train_batch_size=0", "greater than 0"]),
+    "epochs": (["trainer.total_epochs=0"], ["total_epochs=0", "greater than 0"]),
+    "samples": ([f"{ROLLOUT}.n=0"], ["rollout.n=0", "greater than 0"]),
+    "finite": ([f"{ACTOR}.optim.lr=nan"], ["optim.lr=nan", "greater than 0"]),
+    "entropy": ([f"{ACTOR}.entropy_coeff=-0.1"], ["entropy_coeff=-0.1", "0 or greater"]),
+    "test_freq": (["trainer.test_freq=-2"], ["test_freq=-2", "-1 for none"]),
+    "profiled steps": (["trainer.profile_steps=[3,0]"], ["trainer.profile_steps=[3, 0]", "[3,4]"]),
+    "val samples": (["data.val_max_samples=0"], ["val_max_samples=0", "-1"]),
+    "beta": ([f"{ACTOR}.optim.beta2=1.0"], ["beta2=1.0", "below 1"]),
+    "clip": ([f"{ACTOR}.clip_ratio=1.5"], ["clip_ratio=1.5", "below 1"]),
+    "dual clip": ([f"{ACTOR}.clip_ratio_c=1.0"], ["clip_ratio_c=1.0", "above 1"]),
+    "memory share": ([f"{ROLLOUT}.gpu_memory_utilization=60"], ["gpu_memory_utilization=60", "at most 1"]),
+    "temperature": ([f"{ROLLOUT}.temperature=0"], ["rollout.temperature=0", "0.01 to 2.0"]),
+    "temperature that vLLM would raise": ([f"{ROLLOUT}.temperature=0.001"], ["rollout.temperature=0.001", "0.01 to"]),
+    "temperature that vLLM refuses": ([f"{ROLLOUT}.temperature=2.5"], ["rollout.temperature=2.5", "0.01 to 2.0"]),
+    "hot validation": ([f"{ROLLOUT}.val_kwargs.temperature=2.5"], ["val_kwargs.temperature=2.5", "0.01 to 2.0"]),
+    "cold validation": ([f"{ROLLOUT}.val_kwargs.temperature=0.001"], ["val_kwargs.temperature=0.001", "0.01 to 2.0"]),
+    "top_p": ([f"{ROLLOUT}.top_p=0.9"], ["top_p=0.9", "renormalised", "top_p=1.0"]),
+    "top_k": ([f"{ROLLOUT}.top_k=50"], ["top_k=50", "renormalised", "top_k=-1"]),
+    "greedy validation": (
+        [f"{ROLLOUT}.val_kwargs.n=4"],
+        ["val_kwargs.n=4 with do_sample=False", "val_kwargs.do_sample=True, or n=1"],
+    ),
+    "validation answers": ([f"{ROLLOUT}.val_kwargs.n=0"], ["val_kwargs.n=0", "greater than 0"]),
+    "validation temperature": (
+        [f"{ROLLOUT}.val_kwargs.do_sample=True", f"{ROLLOUT}.val_kwargs.temperature=0"],
+        ["val_kwargs.temperature=0", "0.01 to 2.0", "do_sample=False"],
+    ),
+    "gamma": (["algorithm.gamma=0.99"], ["gamma=0.99", "algorithm.gamma=1.0"]),
+    "one answer": (["algorithm.adv_estimator=rloo", f"{ROLLOUT}.n=1"], ["rollout.n=1", "rloo", "at least 2"]),
+    "skip kl": (
+        [f"{ACTOR}.skip_zero_advantage=True", f"{ACTOR}.use_kl_loss=True"],
+        ["would change the gradient", "use_kl_loss=True", "skip_zero_advantage=null"],
+    ),
+    "skip entropy": (
+        [f"{ACTOR}.skip_zero_advantage=True", f"{ACTOR}.entropy_coeff=0.01"],
+        ["entropy_coeff=0.01", "skip_zero_advantage=null"],
+    ),
+    "bypass and weights": (
+        [f"{CORRECTION}.bypass_old_logprobs=True", f"{CORRECTION}.rollout_is=token"],
+        ["already the importance weight", "rollout_is=null"],
+    ),
+    "bypass without ratio": (
+        [f"{CORRECTION}.bypass_old_logprobs=True", f"{ACTOR}.policy_loss=reinforce"],
+        ["needs a loss with a ratio", "policy_loss=ppo_clip"],
+    ),
+    "adaptive kl": (
+        ["algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.horizon=50"],
+        ["horizon=50", "batches of 256 answers", "above 51.2"],
+    ),
+    "adaptive from 0": (
+        ["algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive", "algorithm.kl_ctrl.kl_coef=0"],
+        ["kl_coef=0 stays 0", "above 0"],
+    ),
+    "share by varlen": (
+        [f"{ACTOR}.share_prompts=True", f"{MEGATRON}.attention_backend=varlen"],
+        ["share_prompts=True", "attention_backend=varlen", "attention_backend=auto"],
+    ),
+    "failure share": (["reward.max_failure_share=1.5"], ["max_failure_share=1.5", "between 0 and 1"]),
+    "share by rows": (
+        [f"{ACTOR}.share_prompts=True", f"{ACTOR}.use_dynamic_bsz=False", f"{ACTOR}.ppo_micro_batch_size_per_gpu=4"],
+        ["share_prompts=True", "use_dynamic_bsz=True"],
+    ),
+    "save": (["trainer.save_freq=-3"], ["save_freq=-3", "-1 for none"]),
+    "padding": (["actor_rollout_ref.model.use_remove_padding=False"], ["always packed", "use_remove_padding=True"]),
+    "remote code": (["actor_rollout_ref.model.trust_remote_code=True"], ["never executed", "trust_remote_code=False"]),
+    "cp": ([f"{MEGATRON}.context_parallel_size=2"], ["context parallelism is not offered", "context_parallel_size=1"]),
+    "replicas": ([f"{MEGATRON}.pipeline_model_parallel_size=2"], ["=2 x pipeline_model_parallel_size=2", "2 ranks"]),
+    "rollout ranks": ([f"{ROLLOUT}.tensor_model_parallel_size=4"], ["=4", "2 ranks", "one of 1, 2"]),
+    "vpp": ([f"{MEGATRON}.virtual_pipeline_model_parallel_size=2"], ["=2 needs pipeline_model_parallel_size", "=null"]),
+    "mini divides": ([f"{ACTOR}.ppo_mini_batch_size=48"], ["ppo_mini_batch_size=48", "train_batch_size=64", "divisor"]),
+    "mini larger": ([f"{ACTOR}.ppo_mini_batch_size=128"], ["ppo_mini_batch_size=128", "larger", "train_batch_size=64"]),
+    "fixed size": ([f"{ACTOR}.use_dynamic_bsz=False"], ["use_dynamic_bsz=False needs", "ppo_micro_batch_size_per_gpu"]),
+    "budget": ([f"{ACTOR}.ppo_max_token_len_per_gpu=60"], ["=60", "=48", "=32", "at least 80"]),
+    "budget tp": (
+        [f"{ACTOR}.ppo_max_token_len_per_gpu=4095", f"{MEGATRON}.sequence_parallel=True"],
+        ["=4095", "multiple", "tensor_model_parallel_size=2", "4096"],
+    ),
+    "engine step on a CPU": (
+        [f"{ROLLOUT}.max_num_batched_tokens=70", f"{ROLLOUT}.max_num_seqs=8"],
+        ["max_num_batched_tokens=70", "80"],
+    ),
+    "engine step": (
+        [f"{ROLLOUT}.max_num_batched_tokens=64", f"{ROLLOUT}.max_num_seqs=128"],
+        ["max_num_batched_tokens=64", "max_num_seqs=128", "at least 128"],
+    ),
+    "logger": (["trainer.logger=[console,mlflow]"], ["'mlflow'", "console, wandb, tensorboard"]),
+    "no val files": (["data.val_files=null"], ["test_freq=5", "data.val_files is not set"]),
+    "folder": (["trainer.default_local_dir="], ["default_local_dir is empty"]),
+    "recompute method": (
+        [f"{RECOMPUTE}.recompute_granularity=selective", f"{RECOMPUTE}.recompute_method=block"],
+        ["recompute_method=block", "is selective here", "recompute_granularity=full"],
+    ),
+    "recompute layers": (
+        [f"{RECOMPUTE}.recompute_num_layers=2"],
+        ["recompute_num_layers=2", "is none here", "recompute_granularity=full"],
+    ),
+    "recompute modules": (
+        [f"{RECOMPUTE}.recompute_granularity=selective", f"{RECOMPUTE}.recompute_modules=[moe]"],
+        ["recompute_modules=['moe']", "mlp, core_attn, layernorm", "recompute_modules=[mlp]"],
+    ),
+    "gather without optimizer": (
+        [f"{MEGATRON}.overlap_param_gather=True", f"{MEGATRON}.use_distributed_optimizer=False"],
+        ["overlap_param_gather=True", "use_distributed_optimizer=True"],
+    ),
+    "gather without reduce": (
+        [f"{MEGATRON}.overlap_param_gather=True", f"{MEGATRON}.overlap_grad_reduce=False"],
+        ["overlap_param_gather=True", "overlap_grad_reduce=True"],
+    ),
+    "backend": ([f"{MEGATRON}.attention_backend=varlen"], ["attention_backend=varlen", "trainer.device=cpu", "auto"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Recompute()),
+        (["actor_rollout_ref.model.enable_gradient_checkpointing=True"], Recompute("full")),
+        (
+            ["actor_rollout_ref.model.enable_gradient_checkpointing=True", f"{RECOMPUTE}.recompute_granularity=none"],
+            Recompute("none"),
+        ),
+        ([f"{RECOMPUTE}.recompute_granularity=selective"], Recompute("selective", modules=("mlp",))),
+        (
+            [f"{RECOMPUTE}.recompute_{x}" for x in ("granularity=full", "method=block", "num_layers=2")],
+            Recompute("full", "block", 2),
+        ),
+    ],
+)
+def test_what_is_recomputed(overrides, expected):
+    config, _ = load_and_check(*overrides, model=DEMO)
+    assert recompute_of(config) == expected
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_rule_says_setting_values_and_mend(case):
+    overrides, words = BROKEN[case]
+    with pytest.raises(ConfigError) as caught:
+        check(*overrides)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_rule_about_settings_is_broken_by_some_case():
+    """No rule without a test: each case is refused by exactly one rule first, and all rules occur."""
+    seen = set()
+    for overrides, _ in BROKEN.values():
+        config = quick_config("demo", overrides)
+        for rule in RULES:
+            try:
+                rule(Setup(config, config.trainer.nnodes * config.trainer.n_gpus_per_node))
+            except ConfigError:
+                seen.add(rule.__name__)
+                break
+    seen |= {"ranks_match_launcher", "segments_can_sleep"}  # have their own tests below
+    assert {rule.__name__ for rule in RULES} == seen
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_expandable_segments_are_refused_on_gpus(monkeypatch, name):
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    assert load_and_check(model=DEMO)  # the demo is on the CPU
+    with pytest.raises(ConfigError, match=f"{name}=.*take expandable_segments out of {name}"):
+        load_and_check(preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"])
+
+
+def test_ranks_match_launcher():
+    with pytest.raises(ConfigError, match=r"is 2 ranks, but 1 were started; .*--nproc-per-node 2"):
+        check(world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model", "words"),
+    [
+        ([f"{MEGATRON}.pipeline_model_parallel_size=8"], "qwen2_5_7b", ["=8", "28 layers", "1, 2, 4, 7, 14, 28"]),
+        (
+            [f"{MEGATRON}.pipeline_model_parallel_size=4", f"{MEGATRON}.virtual_pipeline_model_parallel_size=2"],
+            "qwen2_5_7b",
+            ["=2 x pipeline_model_parallel_size=4", "28 layers", "one of 1, 7"],
+        ),
+        (
+            [f"{MEGATRON}.tensor_model_parallel_size=8"],
+            "qwen2_5_7b",
+            ["=8", "28 attention heads", "one of 1, 2, 4"],
+        ),
+        (
+            [
+                f"{MEGATRON}.tensor_model_parallel_size=7",
+                f"{MEGATRON}.sequence_parallel=False",
+                "trainer.n_gpus_per_node=7",
+            ],
+            "qwen2_5_7b",
+            ["=7", "4 KV heads"],
+        ),
+        ([f"{ROLLOUT}.tensor_model_parallel_size=8"], "qwen2_5_7b", ["rollout.tensor_model", "28 attention heads"]),
+        (
+            ["data.max_response_length=32768", f"{ACTOR}.ppo_max_token_len_per_gpu=40000"],
+            "qwen2_5_7b",
+            ["33280", "32768"],
+        ),
+    ],
+)
+def test_rules_about_the_model(overrides, model, words):
+    overrides = [f"{MEGATRON}.tensor_model_parallel_size=1", f"{ROLLOUT}.tensor_model_parallel_size=1", *overrides]
+    with pytest.raises(ConfigError) as caught:
+        check(*overrides, preset=model, model=MODELS[model])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_ffn_must_be_cut_evenly():
+    model = ModelFacts(4, 128, 383, 4, 2, 32, 512, True, 512)
+    with pytest.raises(ConfigError, match="=2 does not divide the model's ffn size 383; .* to 1$"):
+        check(model=model)
+
+
+def test_kv_heads_may_be_fewer_than_ranks():
+    """3B has 2 KV heads: TP 8 copies each onto four ranks."""
+    tp8 = [f"{MEGATRON}.tensor_model_parallel_size=8", f"{ROLLOUT}.tensor_model_parallel_size=8"]
+    check(*tp8, preset="qwen2_5_3b", model=MODELS["qwen2_5_3b"])
+
+
+def test_narrow_heads_are_refused_on_cpu_only():
+    narrow = ModelFacts(4, 64, 128, 4, 2, 16, 512, True, 512)
+    with pytest.raises(ConfigError, match="head_dim=16.*at least 32"):
+        check(model=narrow)
+    check("trainer.device=cuda", model=narrow)
+
+
+@pytest.mark.parametrize("tp_pp_vpp", [(2, 1, None), (1, 2, None), (1, 1, None), (1, 2, 2)])
+def test_demo_layouts_are_valid(tp_pp_vpp):
+    tp, pp, vpp = tp_pp_vpp
+    check(
+        f"{MEGATRON}.tensor_model_parallel_size={tp}",
+        f"{MEGATRON}.pipeline_model_parallel_size={pp}",
+        f"{MEGATRON}.virtual_pipeline_model_parallel_size={'null' if vpp is None else vpp}",
+    )
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_files_exist_with_a_known_suffix(tmp_path):
+    config = load_config("demo").config
+    (tmp_path / "a.jsonl").write_text("{}")
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "reward.py").write_text("")
+
+    def refused(words: str, **changes):
+        changed = copy.deepcopy(config)
+        changed.custom_reward_function.path = changes.get("reward")
+        changed.custom_reward_function.name = changes.get("name", "compute_score")
+        changed.data.train_files = changes.get("train", str(tmp_path / "a.jsonl"))
+        changed.data.val_files = changes.get("val")
+        if not words:
+            return validate_files(changed)
+        with pytest.raises(ConfigError, match=words):
+            validate_files(changed)
+
+    refused("", train=[str(tmp_path / "a.jsonl")], reward=str(tmp_path / "reward.py"))
+    refused("no such file", train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    refused("unknown suffix '.csv'.*parquet", train=str(tmp_path / "a.csv"))
+    refused("data.val_files=.*no such file; .* with: python -m remax_megatron.demo.prepare", val="b.jsonl")
+    refused("not set", train=None)
+    refused("holds", train={"a": 1})
+    refused("custom_reward_function.path", reward=str(tmp_path / "none.py"))
+    refused("custom_reward_function.path", reward=str(tmp_path / "a.jsonl"))
+    refused("custom_reward_function.name", name="not a name")
+
+
+# The model's folder --------------------------------------------------------------------------------------------------
+
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "use_sliding_window": False,
+}
+
+
+def test_facts_from_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    facts = ModelFacts.from_folder(tmp_path)
+    assert facts == ModelFacts(4, 128, 384, 4, 2, 32, 512, True, 512, rms_norm_eps=1e-5, rope_theta=1e6)
+    assert resolve_model_facts(str(tmp_path)) == facts
+
+
+def test_facts_of_both_transformers_generations():
+    new = {key: value for key, value in QWEN2.items() if key != "rope_theta"}
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    assert ModelFacts.from_hf_config(new, "x").rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "not a Qwen2 model.*llama.*Qwen2ForCausalLM"),
+        ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "mixture-of-experts"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "not a Qwen2 model"),
+        ({"model_type": None}, "not a Qwen2 model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised model.*gptq"),
+        ({"use_sliding_window": True}, "use_sliding_window=true"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope scaling \(yarn\)"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"num_hidden_layers": None}, "num_hidden_layers=None, expected a positive integer"),
+        ({"hidden_size": 130}, "hidden_size=130, not a multiple of num_attention_heads=4"),
+    ],
+)
+def test_other_models_are_refused_by_name(tmp_path, change, words):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2 | change))
+    with pytest.raises(ModelError, match=words):
+        ModelFacts.from_folder(tmp_path)
+
+
+def test_unusable_folders(tmp_path):
+    with pytest.raises(ModelError, match="no config.json"):
+        ModelFacts.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read"):
+        ModelFacts.from_folder(tmp_path)
+    with pytest.raises(ConfigError, match="no such folder"):
+        resolve_model_facts(str(tmp_path / "missing"))
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def data_files(folder: Path) -> list[str]:
+    """Files that exist, in the place of those of the demo preset."""
+    (folder / "data.jsonl").write_text("")
+    return [f"data.{name}_files={folder}/data.jsonl" for name in ("train", "val")]
+
+
+def run(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "remax_megatron.config.cli", *argv],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_cfg_job_prints_the_resolved_settings(tmp_path):
+    done = run("--config-name", "qwen2_5_14b", "--cfg", "job", "trainer.seed=5")
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "config.yaml").write_text(done.stdout)
+    config = load_config("config", config_dir=tmp_path).config
+    assert config == load_config("qwen2_5_14b", ["trainer.seed=5"]).config
+    assert "runs/remax_gsm8k/qwen2_5_14b" in done.stdout
+
+
+def test_help_teaches():
+    done = run("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "torchrun --nproc-per-node" in done.stdout and "--cfg job" in done.stdout
+    for name, description in list_presets().items():
+        assert f"  {name}" in done.stdout and description in done.stdout
+    for line in done.stdout.splitlines():  # each setting that the help shows exists
+        if line.startswith(("  actor", "  data", "  trainer")):
+            for word in line.split():
+                assert "=" not in word or word.partition("=")[0] in SETTINGS, word
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["lr=1"], "did you mean actor_rollout_ref.actor.optim.lr?"),
+        (["trainer.seed=abc"], "an integer"),
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=60"], "at least 80"),
+        (["actor_rollout_ref.model.path=/nowhere/model"], "no such folder"),
+        (["data.train_files=/nowhere/train.parquet"], "no such file"),
+        (["--config-name", "nope"], "one of: demo, qwen2_5_3b"),
+        (["--config-dir", "/nowhere"], "does not exist"),
+        (["--cfg", "hydra"], "invalid choice"),
+        (["--frobnicate"], "--frobnicate"),
+        (["trainer.seed=${nowhere}"], "interpolation"),
+    ],
+)
+def test_bad_input_is_one_error_line_and_exit_code_2(argv, words, tmp_path, capfd):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*data_files(tmp_path), *argv])
+    out, err = capfd.readouterr()
+    assert (exit_.value.code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_offline_hub_id_is_one_error_line(tmp_path):
+    data = data_files(tmp_path)
+    done = run(*data, "actor_rollout_ref.model.path=some-org/some-model", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        "error: actor_rollout_ref.model.path=some-org/some-model" in done.stderr
+        and "could not be downloaded" in done.stderr
+    )
+
+
+def test_cached_hub_config_needs_no_network(tmp_path, monkeypatch):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(QWEN2))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: str(config))
+    assert resolve_model_facts("some-org/some-model").num_layers == 4
+
+
+def test_other_ranks_leave_the_first_one_the_word(monkeypatch, capfd):
+    waits = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("time.sleep", waits.append)
+    with pytest.raises(SystemExit):
+        cli.main(["lr=1"])
+    assert waits == [cli.OTHER_RANKS_WAIT_S] and capfd.readouterr().err.count("error:") == 1
+
+
+def test_loading_and_checking_imports_no_torch(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    data = data_files(tmp_path)
+    code = (
+        "import sys; from remax_megatron.config import cli\n"
+        f"assert cli.main(['actor_rollout_ref.model.path={tmp_path}', *{data}]) == 0\n"
+        "heavy = {'torch', 'vllm', 'transformers', 'megatron'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "the settings are valid" in done.stdout
+
+
+def test_presets_dir_is_the_repository_s():
+    assert presets_dir() == ROOT / "conf"

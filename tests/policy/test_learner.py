@@ -1,0 +1,175 @@
+"""What the learner decides: which rows are scored and trained, with which weights, and what a KL does to the reward.
+
+The policy is a recorder here: what a real one computes is in model/test_parity.py and policy/test_exactness.py.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from remax_megatron.config.load import load_config
+from remax_megatron.flops import RowGroup
+from remax_megatron.types import Completion, Prompt, Rollout, Row
+from remax_megatron.update import Learner
+from tests.logged import logged_lines
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+class Recorder:
+    """Scores token t with -t / 10 (the reference with -t / 10 - 1) and notes what it was asked."""
+
+    def __init__(self, offset: float = 0.0):
+        self.offset, self.scored, self.updates = offset, [], []
+
+    def logprobs(self, rows: list[Row]) -> list[list[float]]:
+        self.scored.append(list(rows))
+        return [[-token / 10 + self.offset for token in row.response_ids] for row in rows]
+
+    def schedule(self, rows: list[Row]) -> list[list[list[int]]]:
+        return [[[i for i in range(len(rows))]]]
+
+    def num_computed_tokens(self, rows: list[Row], batch: list[int]) -> int:
+        return sum(rows[i].num_tokens for i in batch)
+
+    def update(self, rows: list[Row], schedule, reference, mismatch_limit) -> SimpleNamespace:
+        self.updates.append([(row.response_ids[0], row.weight, row.old_logprobs) for row in rows])
+        tokens = sum(row.num_tokens for row in rows)
+        return SimpleNamespace(num_tokens=tokens, num_computed_tokens=tokens, skipped="")
+
+
+def completion(first: int, length: int, reward: float) -> Completion:
+    return Completion([first] * length, [-0.5] * length, True, 0, reward=reward)
+
+
+def rollouts() -> list[Rollout]:
+    """Two prompts x two answers; advantages +1 (tokens 10), 0 (token 11) | -1 (token 12), 0 (token 13)."""
+    return [
+        Rollout(Prompt(0, (1, 2), "s", ""), [completion(10, 2, 1.0), completion(11, 4, 0.0)], completion(9, 1, 0.0)),
+        Rollout(Prompt(1, (3,), "s", ""), [completion(12, 1, 0.0), completion(13, 1, 1.0)], completion(9, 1, 1.0)),
+    ]
+
+
+def learn(*overrides: str, batch: list[Rollout] | None = None):
+    """(what was learned, policy, reference, log) under the demo's settings with `overrides`."""
+    given = ["data.train_batch_size=2", "actor_rollout_ref.rollout.n=2", *overrides]
+    config = load_config("demo", given).config
+    policy, reference = Recorder(), Recorder(offset=-1.0)
+    with logged_lines() as log:
+        learned = Learner(config, policy, reference).learn(rollouts() if batch is None else batch, "Epoch 1, Step 1")
+    return learned, policy, reference, log
+
+
+def test_rows_without_advantage_are_left_out_but_counted() -> None:
+    learned, policy, reference, _ = learn()
+    # 8 response tokens in the batch, so every token weighs 1/8 although only 3 of them are trained.
+    assert policy.updates == [[(10, 1 / 8, None), (12, 1 / 8, None)]]
+    assert policy.scored == reference.scored == []  # one update: every ratio is 1
+    assert learned.packed == [RowGroup(2, [2]), RowGroup(1, [1])]  # what is left out is not computed
+    # Rows of 4, 6, 2 and 2 tokens, of which 6 are trained.
+    assert learned.metrics == {
+        "batch/left_out_token_share": pytest.approx(8 / 14),
+        "batch/shared_token_share": 0.0,
+        "guard/nonfinite_updates": 0,
+        "guard/nonfinite_in_a_row": 0,
+    }
+    assert len(learned.rows) == 4
+
+
+def test_keeping_them_is_a_setting() -> None:
+    _, policy, _, _ = learn(f"{ACTOR}.skip_zero_advantage=False")
+    assert [token for token, _, _ in policy.updates[0]] == [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("term", [f"{ACTOR}.entropy_coeff=0.01", f"{ACTOR}.use_kl_loss=True"])
+def test_other_terms_keep_all_rows(term: str) -> None:
+    _, policy, _, _ = learn(term)
+    assert [token for token, _, _ in policy.updates[0]] == [10, 11, 12, 13]
+
+
+def test_an_update_of_nothing_is_left_out_and_said() -> None:
+    batch = rollouts()
+    for rollout in batch:
+        for sample in rollout.samples:
+            sample.reward = rollout.greedy.reward
+    learned, policy, _, log = learn(batch=batch)
+    assert policy.updates == [] and learned.updates == []
+    assert log == ["Epoch 1, Step 1: 1 update(s) left out: every advantage in them is 0"]
+    assert learned.metrics["batch/left_out_token_share"] == 1.0
+
+
+def test_several_updates_keep_the_logprobs_from_before_the_first() -> None:
+    learned, policy, _, _ = learn(f"{ACTOR}.ppo_mini_batch_size=1", f"{ACTOR}.ppo_epochs=2")
+    # Weights count each mini-batch: 6 and 2 response tokens. Only the trained rows are scored, once.
+    first, second = [(10, 1 / 6, [-1.0, -1.0])], [(12, 1 / 2, [-1.2])]
+    assert policy.updates == [first, second, first, second]
+    assert learned.packed == [RowGroup(2, [2]), RowGroup(1, [1])] * 2  # once per pass
+    assert [[row.response_ids[0] for row in rows] for rows in policy.scored] == [[10, 12]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights"),
+    [("seq-mean-token-sum", [1 / 4, 1 / 4]), ("seq-mean-token-mean", [1 / 8, 1 / 4])],
+)
+def test_aggregation_counts_all_rows(mode: str, weights: list[float]) -> None:
+    _, policy, _, _ = learn(f"{ACTOR}.loss_agg_mode={mode}")
+    assert [weight for _, weight, _ in policy.updates[0]] == weights
+
+
+def test_the_engines_logprobs_may_stand_for_the_old_ones() -> None:
+    _, policy, _, _ = learn("algorithm.rollout_correction.bypass_old_logprobs=True")
+    assert [old for _, _, old in policy.updates[0]] == [[-0.5, -0.5], [-0.5]]
+    assert policy.scored == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "advantages"),
+    # The reference is 1 nat lower on every token: k1 is 1, the coefficient 0.1.
+    [
+        ("to_go", [[0.8, 0.9], [-0.4, -0.3, -0.2, -0.1], [-1.1], [-0.1]]),
+        ("one_step", [[0.9, 0.9], [-0.1] * 4, [-1.1], [-0.1]]),
+    ],
+)
+def test_kl_in_the_reward(mode: str, advantages: list[list[float]]) -> None:
+    control = "algorithm.kl_ctrl"
+    learned, policy, reference, _ = learn(
+        "algorithm.use_kl_in_reward=True",
+        f"algorithm.kl_reward_mode={mode}",
+        f"{control}.kl_coef=0.1",
+        f"{control}.type=adaptive",
+        f"{control}.target_kl=0.5",
+        f"{control}.horizon=100",
+    )
+    for row, expected in zip(learned.rows, advantages, strict=True):
+        assert row.advantages == pytest.approx(expected)
+    assert len(policy.scored[0]) == len(reference.scored[0]) == 4
+    assert learned.metrics["kl/reward_mean"] == pytest.approx(1.0)
+    assert learned.metrics["kl/coef"] == 0.1  # that of this batch
+    assert [old for _, _, old in policy.updates[0]] == [None] * 4  # still one update
+
+
+def test_the_coefficient_adapts_after_the_batch() -> None:
+    config = load_config(
+        "demo",
+        [
+            "data.train_batch_size=2",
+            "actor_rollout_ref.rollout.n=2",
+            "algorithm.use_kl_in_reward=True",
+            "algorithm.kl_ctrl.type=adaptive",
+            "algorithm.kl_ctrl.kl_coef=0.1",
+            "algorithm.kl_ctrl.target_kl=0.5",
+            "algorithm.kl_ctrl.horizon=100",
+        ],
+    ).config
+    learner = Learner(config, Recorder(), Recorder(offset=-1.0))
+    learner.learn(rollouts(), "")
+    # KL 1 is twice the target: clip(1, -0.2, 0.2) = 0.2, times 4 answers / 100.
+    assert learner.learn(rollouts(), "").metrics["kl/coef"] == pytest.approx(0.1 * 1.008)
+
+
+def test_a_kl_loss_scores_the_reference_once() -> None:
+    learned, policy, reference, _ = learn(f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.ppo_epochs=2")
+    assert len(reference.scored) == 1
+    assert [row.ref_logprobs for row in learned.rows] == [[-2.0] * 2, [pytest.approx(-2.1)] * 4, [-2.2], [-2.3]]
