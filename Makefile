@@ -33,14 +33,15 @@ export OMP_NUM_THREADS := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu demo doctor lint clean gpu-counts test test-fast test-te test-fake-gpu test-gpu-stack test-gpu
+.PHONY: help install install-gpu demo doctor lint clean gpu-counts test test-all test-fast test-te test-fake-gpu test-gpu-stack test-gpu
 
 help:
 	@echo "make install          make .venv and install the CPU stack (pinned; 3 GB on disk)"
 	@echo "make install-gpu      make .venv and install the GPU stack (pinned; Python 3.12, CUDA 13; 10 GB on disk)"
 	@echo "make demo             install, then make a small model, train it with ReMax on 2 ranks: runs/demo"
 	@echo "make doctor           whether a run can start on this machine: ARGS=\"--config-name NAME [key=value ...]\""
-	@echo "make test             install, then lint, check types, run all tests that need no GPU (20 minutes on 2 cores)"
+	@echo "make test             install, then lint, check types, run the tests that need no GPU (20 minutes on 2 cores)"
+	@echo "make test-all         the same and those marked slow: what a test shows, on more layouts and with more kills"
 	@echo "make test-fast        the tests that start no ranks and no runs (3 minutes)"
 	@echo "make test-te          Transformer Engine's layers on a CPU, by a stand-in for its compiled half"
 	@echo "make test-fake-gpu    the trainer on fake CUDA tensors: all ranks of a world, syncs, kernels, memory (Python 3.12)"
@@ -108,6 +109,9 @@ IN_TEMPORARY = @folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && TMPDIR=
 
 # Two files at a time: much of the time is start-up on one core, and waiting. On a busy machine: PYTEST_ARGS="-n 0".
 test: lint
+	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not slow" $(PYTEST_ARGS)
+
+test-all: lint
 	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile -m "not gpu" $(PYTEST_ARGS)
 
 test-fast: $(STAMP)
@@ -125,7 +129,7 @@ test-te: $(STAMP) $(TE_LAYERS)
 	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile tests/te $(PYTEST_ARGS)
 
 test-fake-gpu: $(TEST_STACK) $(TE_LAYERS)
-	$(IN_TEMPORARY) $(<D)/bin/python -m pytest tests/fake_cuda $(PYTEST_ARGS)
+	$(IN_TEMPORARY) $(<D)/bin/python -m pytest -n 2 --dist loadfile tests/fake_cuda $(PYTEST_ARGS)
 
 # What a GPU would have to do in a training step, counted without one.
 gpu-counts: $(TEST_STACK) $(TE_LAYERS)

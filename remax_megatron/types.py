@@ -19,14 +19,17 @@ class Prompt:
     """One row of a data set, tokenised with the chat template and the generation prompt.
 
     `index` is the row's number in the data set: stable over epochs and shuffles, so seeds can derive from it.
+    `ground_truth` and `extra_info` are the values in the file, the former as the scorer of the source takes it; `turns`
+    are the prompt's {role, content} before the template.
     Example: Prompt(index=3, token_ids=(5, 9, 2), data_source="openai/gsm8k", ground_truth="18")
     """
 
     index: int
     token_ids: tuple[int, ...]
     data_source: str
-    ground_truth: str
+    ground_truth: Any
     extra_info: dict[str, Any] = field(default_factory=dict)
+    turns: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass

@@ -125,7 +125,7 @@ def reported_errors() -> Iterator[None]:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(OTHER_RANKS_WAIT_S)
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print(error.lines(), file=sys.stderr, flush=True)
         raise SystemExit(EXIT_BAD_SETTINGS) from None
 
 

@@ -53,7 +53,7 @@ def run_command(command: Command, argv: list[str] | None, body: Callable[[argpar
     try:
         return body(options)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print(error.lines(), file=sys.stderr)
         return EXIT_CANNOT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -1,52 +1,95 @@
 """From data files to tokenised prompts, and the order in which the trainer takes them.
 
-Reads .parquet, .json (a list of objects, or one object per line) and .jsonl, as prepared by this package or by verl's
-scripts: extra columns are ignored, `extra_info` may differ between files or be missing. The model's chat template turns
-a prompt into tokens. It does not score, does not pad, and does not cache: 7473 GSM8K prompts take about a second.
+Reads what rows.py reads, as prepared by this package or by verl's scripts: extra columns are ignored, `extra_info` may
+differ between files or be missing. The model's chat template turns a prompt into tokens. It does not score, does not
+pad, and does not cache: 7473 GSM8K prompts take about a second.
 
-Every refusal is a DataError with the file, the row (a line for JSON lines) and the fix.
+This is the one pass over the data before anything starts: what is wrong with a row is found here, with its file, its
+row and the fix, and up to SHOWN_PROBLEMS of them are shown at once.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jinja2
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from remax_megatron.data.rows import as_messages, is_turns_in_text, read_rows
 from remax_megatron.data.schema import DataError
+from remax_megatron.data_files import data_files
+from remax_megatron.errors import UserError
 from remax_megatron.types import Prompt
 
 log = logging.getLogger(__name__)
 
 TRUNCATIONS = ("error", "left", "right")
+SHOWN_PROBLEMS = 10
+GroundTruth = Callable[[str, Any], Any]  # (data source, value in the file) -> what the scorer takes; UserError
 
 
 @dataclass(frozen=True)
 class PromptDataset(Sequence[Prompt]):
     """The usable prompts, in file order. `Prompt.index` is the row's number over all files, before filtering.
 
-    `num_rows == len(self) + num_filtered`; `num_truncated` of the prompts were cut.
+    `num_rows == len(self) + num_filtered`, less those that `at_most` left out; `num_truncated` of the prompts were cut.
+    `notes` say what was read otherwise than it was written.
     """
 
     prompts: list[Prompt]
     num_rows: int
     num_filtered: int = 0
     num_truncated: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, i: Any) -> Any:
         return self.prompts[i]
+
+    @property
+    def sources(self) -> dict[str, int]:
+        """Count the prompts of each data source, in the order of their first rows."""
+        return dict(Counter(prompt.data_source for prompt in self.prompts))
+
+    def at_most(self, count: int) -> PromptDataset:
+        """The first prompts of each data source, as evenly as their numbers allow, `count` in all and in file order;
+        all of them when `count` is -1."""
+        if count < 0 or count >= len(self):
+            return self
+        quotas = even_quotas(self.sources, count)
+        chosen = []
+        for prompt in self.prompts:
+            if quotas[prompt.data_source]:
+                quotas[prompt.data_source] -= 1
+                chosen.append(prompt)
+        return replace(self, prompts=chosen)
+
+    def summary(self) -> str:
+        """Say in one line how many rows of each source are used, and how long their prompts are."""
+        lengths = [len(prompt.token_ids) for prompt in self.prompts]
+        sources = ", ".join(f"{name}: {number}" for name, number in self.sources.items())
+        return f"{len(self)} of {self.num_rows} rows ({sources}), prompts of {min(lengths)} to {max(lengths)} tokens"
+
+
+def even_quotas(available: Mapping[str, int], count: int) -> dict[str, int]:
+    """How many of each of the `available` to take for `count` in all: the same of each, less where there are fewer.
+
+    Example: even_quotas({"a": 10, "b": 2, "c": 10}, 9) == {"a": 4, "b": 2, "c": 3}
+    """
+    quotas = dict.fromkeys(available, 0)
+    while count > 0 and (open_ones := [name for name in available if quotas[name] < available[name]]):
+        share, rest = divmod(count, len(open_ones))
+        for place, name in enumerate(open_ones):
+            taken = min(share + (place < rest), available[name] - quotas[name])
+            quotas[name] += taken
+            count -= taken
+    return quotas
 
 
 def load_prompts(
@@ -57,56 +100,210 @@ def load_prompts(
     filter_overlong_prompts: bool = True,
     truncation: str = "error",
     prompt_key: str = "prompt",
+    continue_final_message: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+    vocab_size: int | None = None,
+    ground_truth: GroundTruth = lambda source, value: value,
 ) -> PromptDataset:
-    """Reads and tokenises `files` (one path or several; `~` is expanded).
+    """Reads and tokenises `files`; DataError, with up to ten rows at once, when any of them cannot be used.
 
-    A prompt longer than `max_prompt_length` tokens, chat template included, is left out when `filter_overlong_prompts`;
-    otherwise `truncation` refuses it ("error"), or cuts tokens off its "left" or "right" end. A prompt that is plain
-    text counts as one user turn; `prompt_key` names the column. `tokenizer` is a transformers tokenizer with a chat
-    template.
+    files                    a path, a folder, a pattern or several of them (data_files.py)
+    tokenizer                a transformers tokenizer with a chat template
+    max_prompt_length        in tokens, chat template included
+    filter_overlong_prompts  leaves longer prompts out
+    truncation               else refuses them ("error"), or cuts tokens off their "left" or "right" end
+    prompt_key               names the column; a prompt that is plain text counts as one user turn
+    continue_final_message   lets the model write on where a prompt ends in a turn of the assistant
+    template_kwargs          more variables for the chat template
+    vocab_size               of the model: a token at or above it is refused
+    ground_truth             turns a row's ground truth into what its scorer takes; its UserError refuses the row
     """
     if truncation not in TRUNCATIONS:
         raise DataError(f"data.truncation={truncation!r} is unknown; use one of {', '.join(TRUNCATIONS)}")
-    paths = [Path(f).expanduser() for f in ([files] if isinstance(files, str | os.PathLike) else files)]
+    paths = data_files(files)
+    names = ", ".join(map(str, paths)) or str(files)
     if not paths:
-        raise DataError("no data files: name at least one .parquet, .json or .jsonl file in data.train_files")
-
-    prompts: list[Prompt] = []
-    lengths: list[int] = []
-    num_truncated = 0
-    for path in paths:
-        for place, row in _read_rows(path, prompt_key):
-            prompt = _to_prompt(row, place, len(lengths), tokenizer, prompt_key)
-            ids = prompt.token_ids
-            lengths.append(len(ids))
-            if len(ids) > max_prompt_length:
-                if filter_overlong_prompts:
-                    continue
-                if truncation == "error":
-                    raise DataError(
-                        f"{place}: the prompt has {len(ids)} tokens, data.max_prompt_length is {max_prompt_length}; "
-                        "raise it, or set data.filter_overlong_prompts=True or data.truncation=left"
-                    )
-                num_truncated += 1
-                cut = ids[-max_prompt_length:] if truncation == "left" else ids[:max_prompt_length]
-                prompt = Prompt(prompt.index, cut, prompt.data_source, prompt.ground_truth, prompt.extra_info)
-            prompts.append(prompt)
-
-    names = ", ".join(map(str, paths))
-    if not lengths:
-        raise DataError(f"{names}: no rows")
-    if not prompts:
         raise DataError(
-            f"{names}: none of the {len(lengths)} prompts fits data.max_prompt_length={max_prompt_length}; the "
-            f"shortest has {min(lengths)} tokens with the chat template, the longest {max(lengths)}: raise it"
+            f"no data files: {names} holds none; name at least one .parquet, .json or .jsonl file in data.train_files"
         )
-    dataset = PromptDataset(prompts, len(lengths), len(lengths) - len(prompts), num_truncated)
-    if dataset.num_filtered or num_truncated:
-        log.warning(
-            "%s: of %d prompts, %d are longer than data.max_prompt_length=%d and were left out, %d were cut",
-            *(names, dataset.num_rows, dataset.num_filtered, max_prompt_length, num_truncated),
+    problems = _Problems()
+    rows = _Rows(problems, prompt_key, ground_truth)
+    for path in paths:
+        for place, row in read_rows(path, prompt_key):
+            rows.add(place, row)
+    if not problems.num_rows:
+        raise DataError(f"{names}: no rows")
+    render = _Renderer(tokenizer, continue_final_message, template_kwargs or {})
+    fit = _Fit(max_prompt_length, filter_overlong_prompts, truncation)
+    prompts = []
+    for place, prompt, ids in zip(rows.places, rows.prompts, render(rows, problems), strict=True):
+        if ids is not None and _are_tokens(ids, place, vocab_size, tokenizer, problems):
+            fitting = fit(ids, place, problems)
+            if fitting is not None:
+                prompts.append(replace(prompt, token_ids=tuple(fitting)))
+    problems.refuse(names)
+    fit.report(names)
+    num_left_out = len(rows.prompts) - len(prompts)
+    return PromptDataset(prompts, problems.num_rows, num_left_out, fit.num_truncated, rows.notes(names))
+
+
+class _Problems:
+    """Counts the rows, and keeps what is wrong with the first ones that cannot be used."""
+
+    def __init__(self) -> None:
+        self.num_rows = self.num_bad = 0
+        self.first: list[str] = []
+
+    def add(self, problem: object) -> None:
+        self.num_bad += 1
+        if len(self.first) < SHOWN_PROBLEMS:
+            self.first.append(str(problem))
+
+    def refuse(self, names: str) -> None:
+        """DataError when there is any problem: of one the problem itself, of several a list."""
+        if self.num_bad == 1:
+            raise DataError(self.first[0])
+        if self.num_bad:
+            shown = "" if self.num_bad == len(self.first) else f", the first {len(self.first)} are"
+            raise DataError(f"{names}: {self.num_bad} of {self.num_rows} rows cannot be used{shown}:", self.first)
+
+
+class _Rows:
+    """The rows that can be read, as prompts without tokens."""
+
+    def __init__(self, problems: _Problems, prompt_key: str, ground_truth: GroundTruth):
+        self._problems, self._prompt_key, self._ground_truth = problems, prompt_key, ground_truth
+        self.places: list[str] = []
+        self.prompts: list[Prompt] = []
+        self._num_as_text = self._num_changed = 0
+
+    def add(self, place: str, row: Mapping[str, Any] | DataError) -> None:
+        self._problems.num_rows += 1
+        try:
+            if isinstance(row, DataError):
+                raise row
+            self.prompts.append(self._prompt(row, place, self._problems.num_rows - 1))
+            self.places.append(place)
+        except DataError as error:
+            self._problems.add(error)
+
+    def _prompt(self, row: Mapping[str, Any], place: str, index: int) -> Prompt:
+        source, given = row["data_source"], row["reward_model"] and row["reward_model"]["ground_truth"]
+        if not isinstance(source, str):
+            raise DataError(f"{place}: data_source must be text, found {source!r}")
+        if given is None:
+            raise DataError(f"{place}: reward_model.ground_truth is empty")
+        extra_info = row.get("extra_info") or {}
+        if not isinstance(extra_info, Mapping):
+            raise DataError(f"{place}: extra_info must be an object, found {extra_info!r}")
+        turns = as_messages(row[self._prompt_key], place, self._prompt_key)
+        try:
+            truth = self._ground_truth(source, given)
+        except UserError as error:
+            raise DataError(f"{place}: {error}") from error
+        self._num_as_text += is_turns_in_text(row[self._prompt_key])
+        self._num_changed += isinstance(given, str) and truth != given
+        return Prompt(index, (), source, truth, dict(extra_info), turns)
+
+    def notes(self, names: str) -> list[str]:
+        notes = []
+        if self._num_as_text:
+            notes.append(f"{names}: {self._num_as_text} prompts are JSON text and were read as the list of turns in it")
+        if self._num_changed:
+            notes.append(f"{names}: {self._num_changed} ground truths were brought into the form of their scorer")
+        return notes
+
+
+class _Renderer:
+    """Applies the chat template to many prompts at once, and to one by one where that fails."""
+
+    def __init__(self, tokenizer: Any, continue_final_message: bool, template_kwargs: Mapping[str, Any]):
+        self._tokenizer, self._continues, self._kwargs = tokenizer, continue_final_message, dict(template_kwargs)
+
+    def __call__(self, rows: _Rows, problems: _Problems) -> list[list[int] | None]:
+        """The tokens of each row; None for one that is among the problems."""
+        turns = [prompt.turns for prompt in rows.prompts]
+        try:
+            texts: list[str | None] = [self._text(one) for one in turns]
+        except Exception:  # a template may raise anything; row by row it is said of which
+            texts = [self._text_or_problem(*one, problems) for one in zip(turns, rows.places, strict=True)]
+        whole = [text for text in texts if text is not None]
+        ids = iter(self._tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"] if whole else ())
+        return [None if text is None else next(ids) for text in texts]
+
+    def _text(self, turns: list[dict[str, str]]) -> str:
+        continues = self._continues and turns[-1]["role"] == "assistant"
+        text = self._tokenizer.apply_chat_template(
+            turns,
+            tokenize=False,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            **self._kwargs,
         )
-    return dataset
+        return str(text)
+
+    def _text_or_problem(self, turns: list[dict[str, str]], place: str, problems: _Problems) -> str | None:
+        try:
+            return self._text(turns)
+        except Exception as error:  # no template at all; one that refuses these turns, or does not run
+            reason = " ".join(f"{error}".split()) or type(error).__name__
+            problems.add(f"{place}: the tokenizer's chat template cannot be applied: {reason}")
+            return None
+
+
+class _Fit:
+    """Applies data.max_prompt_length, data.filter_overlong_prompts and data.truncation."""
+
+    def __init__(self, limit: int, leaves_out: bool, truncation: str):
+        self._limit, self._leaves_out, self._truncation = limit, leaves_out, truncation
+        self._lengths: list[int] = []
+        self._num_left_out = self.num_truncated = 0
+
+    def __call__(self, ids: list[int], place: str, problems: _Problems) -> list[int] | None:
+        """`ids`, or what is kept of them; None for a prompt that is left out, or is among the problems."""
+        self._lengths.append(len(ids))
+        if len(ids) <= self._limit:
+            return ids
+        if self._leaves_out:
+            self._num_left_out += 1
+            return None
+        if self._truncation == "error":
+            problems.add(
+                f"{place}: the prompt has {len(ids)} tokens, data.max_prompt_length is {self._limit}; raise it, or set "
+                "data.filter_overlong_prompts=True or data.truncation=left"
+            )
+            return None
+        self.num_truncated += 1
+        return ids[-self._limit :] if self._truncation == "left" else ids[: self._limit]
+
+    def report(self, names: str) -> None:
+        """Log how many prompts did not fit; DataError when none did."""
+        if self._num_left_out == len(self._lengths):
+            raise DataError(
+                f"{names}: none of the {len(self._lengths)} prompts fits data.max_prompt_length={self._limit}; the "
+                f"shortest has {min(self._lengths)} tokens with the chat template, the longest {max(self._lengths)}: "
+                "raise it"
+            )
+        if self._num_left_out or self.num_truncated:
+            log.warning(
+                "%s: of %d prompts, %d are longer than data.max_prompt_length=%d and were left out, %d were cut",
+                *(names, len(self._lengths), self._num_left_out, self._limit, self.num_truncated),
+            )
+
+
+def _are_tokens(ids: list[int], place: str, vocab_size: int | None, tokenizer: Any, problems: _Problems) -> bool:
+    """Whether `ids` are tokens that the model has, and at least one."""
+    if not ids:
+        problems.add(f"{place}: the prompt is empty after the chat template; write its text, or leave the row out")
+        return False
+    if vocab_size is not None and (largest := max(ids)) >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        problems.add(
+            f"{place}: the prompt has token {largest} ({token!r}), but the model's config.json says "
+            f"vocab_size={vocab_size}; use the tokenizer that belongs to the model, or a model with more embeddings"
+        )
+        return False
+    return True
 
 
 def batches(num_prompts: int, batch_size: int, seed: int, epoch: int, shuffle: bool = True) -> list[list[int]]:
@@ -128,117 +325,3 @@ def batches(num_prompts: int, batch_size: int, seed: int, epoch: int, shuffle: b
         np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).shuffle(order)
     num_batches = num_prompts // batch_size
     return [[int(i) for i in row] for row in order[: num_batches * batch_size].reshape(num_batches, batch_size)]
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of each line; blank lines are skipped. DataError "FILE:LINE: ..." for a bad one."""
-    for number, line in enumerate(_read_bytes(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:  # also a UnicodeDecodeError
-            raise DataError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{path}:{number}: an object is needed, found {type(value).__name__}")
-        yield number, value
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _read_rows(path: Path, prompt_key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place for messages, row) of each row; the needed columns are known to be there."""
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path, prompt_key)
-    elif path.suffix in (".json", ".jsonl"):
-        for place, row in _read_json(path):
-            reward_model = row.get("reward_model")
-            fields = set(reward_model) if isinstance(reward_model, dict) else set()
-            _need_columns(place, set(row), fields, prompt_key)
-            yield place, row
-    else:
-        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; use .parquet, .json or .jsonl")
-
-
-def _need_columns(place: str, columns: set[str], reward_model_fields: set[str], prompt_key: str) -> None:
-    found = columns | {f"reward_model.{field}" for field in reward_model_fields}
-    for needed in (prompt_key, "data_source", "reward_model.ground_truth"):
-        if needed not in found:
-            fix = "; data.prompt_key names the prompt's column" if needed == prompt_key else ""
-            raise DataError(f"{place}: no column {needed!r}; found: {', '.join(sorted(found)) or 'none'}{fix}")
-
-
-def _read_parquet(path: Path, prompt_key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where the file has checksums
-            schema = file.schema_arrow
-            reward_model = schema.field("reward_model").type if "reward_model" in schema.names else pa.null()
-            fields = {f.name for f in reward_model} if pa.types.is_struct(reward_model) else set()
-            _need_columns(str(path), set(schema.names), fields, prompt_key)
-            columns = [c for c in (prompt_key, "data_source", "reward_model", "extra_info") if c in schema.names]
-            rows = file.read(columns=columns).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # corrupt (any of them), cut, missing, a folder
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{path}: cannot be read as parquet: {reason}") from error
-    for number, row in enumerate(rows):
-        yield f"{path}: row {number}", row
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A .json file that opens with `[` is a list of objects; anything else is one object per line."""
-    if path.suffix == ".jsonl" or not _read_bytes(path).lstrip().startswith(b"["):
-        for line, row in read_jsonl(path):
-            yield f"{path}:{line}", row
-        return
-    try:
-        rows = json.loads(_read_bytes(path))
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}: row {number}: an object is needed, found {type(row).__name__}")
-        yield f"{path}: row {number}", row
-
-
-def _to_prompt(row: Mapping[str, Any], place: str, index: int, tokenizer: Any, prompt_key: str) -> Prompt:
-    data_source, ground_truth = row["data_source"], row["reward_model"] and row["reward_model"]["ground_truth"]
-    if not isinstance(data_source, str):
-        raise DataError(f"{place}: data_source must be text, found {data_source!r}")
-    if ground_truth is None:
-        raise DataError(f"{place}: reward_model.ground_truth is empty")
-    extra_info = row.get("extra_info") or {}
-    if not isinstance(extra_info, Mapping):
-        raise DataError(f"{place}: extra_info must be an object, found {extra_info!r}")
-    messages = as_messages(row[prompt_key], place, prompt_key)
-    try:
-        # return_dict=False: transformers 5 otherwise returns a BatchEncoding
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    except (ValueError, jinja2.TemplateError) as error:  # no template at all; a template that refuses these turns
-        raise DataError(f"{place}: the tokenizer's chat template cannot be applied: {error}") from error
-    return Prompt(
-        index=index,
-        token_ids=tuple(ids),
-        data_source=data_source,
-        # Scorers take text; numbers and lists of other data sets reach a custom scorer as JSON.
-        ground_truth=ground_truth if isinstance(ground_truth, str) else json.dumps(ground_truth),
-        extra_info=dict(extra_info),
-    )
-
-
-def as_messages(value: Any, place: str, prompt_key: str = "prompt") -> list[dict[str, str]]:
-    """The turns of a prompt: text is one user turn; a list, tuple or numpy array holds {role, content} objects."""
-    if isinstance(value, str):
-        value = [{"role": "user", "content": value}]
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, list | tuple) or not value:
-        raise DataError(f"{place}: {prompt_key} must be text or a list of {{role, content}}, found {value!r}")
-    for turn in value:
-        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
-            raise DataError(f"{place}: each turn of {prompt_key} needs the texts 'role' and 'content', found {turn!r}")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in value]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from remax_megatron.data.dataset import read_jsonl
+from remax_megatron.data.rows import read_jsonl
 from remax_megatron.data.schema import DataError, write_parquet
 
 SPLITS = ("train", "test")
@@ -33,6 +33,8 @@ class Preparation:
         path = folder / f"{split}.jsonl"
         rows: list[dict[str, Any]] = []
         for line, example in read_jsonl(path):
+            if isinstance(example, DataError):
+                raise example
             try:
                 rows.append(self.to_row(example, split, len(rows)))
             except DataError as error:

@@ -47,7 +47,7 @@ def ends_all_ranks(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]
                 print(f"rank {rank} stops because {first} failed first", file=sys.stderr, flush=True)
             elif isinstance(error, UserError):
                 code = 2
-                print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+                print(error.lines(), file=sys.stderr, flush=True)
             else:
                 traceback.print_exc()
                 print(f"first to fail: {first}", file=sys.stderr, flush=True)

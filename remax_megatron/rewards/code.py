@@ -48,6 +48,16 @@ def extract_program(solution_str: str) -> str:
     return blocks[-1] if blocks else solution_str
 
 
+def ground_truth(value: Any) -> str:
+    """`value` as JSON text of one of the two forms; ValueError for another one."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    try:
+        _cases(text)
+    except RewardError as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
 def score(solution_str: str, ground_truth: str) -> dict[str, float]:
     """{"score", "passed", "overrun"} of one answer; RewardError for a ground truth of another form."""
     program = extract_program(solution_str)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _NUMBER = re.compile(r"\-?[0-9\.\,]+")
@@ -26,9 +27,33 @@ def extract_answer(solution_str: str) -> str | None:
     return matches[-1].replace(",", "").replace("$", "") if matches else None
 
 
+def ground_truth(value: Any) -> str:
+    """`value` as the text that an answer can equal: a number, or text less its spaces, its commas and one "$" or "+".
+
+    ValueError where no answer could. Example: ground_truth(18.0) == ground_truth(" $18") == "18"
+    """
+    text = _as_text(value).strip()
+    sign, digits = ("-", text[1:]) if text.startswith("-") else ("", text.removeprefix("+"))
+    plain = sign + digits.strip().removeprefix("$").strip().replace(",", "")
+    if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", plain, re.ASCII):
+        raise ValueError(f"the ground truth {value!r} is no number, so that no answer '#### NUMBER' equals it")
+    return plain
+
+
+def _as_text(value: Any) -> str:
+    """Numbers without an exponent, and without the `.0` of a whole one; text as it is."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        number = Decimal(str(value))
+        if number.is_finite():
+            return format(number.quantize(Decimal(1)) if number == number.to_integral_value() else number, "f")
+    return ""
+
+
 def strict_score(solution_str: str, ground_truth: str) -> float:
     """1.0 where the extracted answer is the ground truth, character by character; else 0.0."""
-    return float(extract_answer(solution_str) == ground_truth)
+    return float(bool(ground_truth) and extract_answer(solution_str) == ground_truth)
 
 
 def flexible_score(solution_str: str, ground_truth: str) -> float:

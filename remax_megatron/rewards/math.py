@@ -11,13 +11,22 @@ from __future__ import annotations
 
 import functools
 import logging
-
-from math_verify import LatexExtractionConfig, parse, verify
+from typing import Any
 
 from remax_megatron.rewards.boxed import last_boxed
 from remax_megatron.rewards.scoring import RewardError
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
+
+def ground_truth(value: Any) -> str:
+    """`value` as the text in a box: a number, or text. ValueError where no box could hold it."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"the ground truth {value!r} is no text: it must be the content of a \\boxed{{...}}")
+    text = str(value).strip()
+    if not text or last_boxed(f"\\boxed{{{text}}}") != text:
+        raise ValueError(
+            f"the ground truth {value!r} fits into no \\boxed{{...}}: it is empty, or its braces are not paired"
+        )
+    return text
 
 
 def score(solution_str: str, ground_truth: str) -> dict[str, float]:
@@ -36,6 +45,9 @@ def _equal(answer: str, truth: str) -> bool:
 
 
 def _verified(answer: str, truth: str) -> bool:
+    from math_verify import LatexExtractionConfig, parse, verify  # it brings sympy, which takes a second
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
     config = [LatexExtractionConfig(boxed_match_priority=0)]
     gold, target = (parse(f"\\boxed{{{text}}}", config, parsing_timeout=None) for text in (truth, answer))
     return verify(gold, target, timeout_seconds=None)

@@ -6,7 +6,9 @@
 
 An answer whose scorer overruns its deadline costs its worker (SIGKILL, a new one starts) and gets score 0 with outcome
 "timeout"; an exception is "error", a worker that dies is "crash"; all other answers are unaffected. Workers are fresh
-interpreters (worker.py), take many cheap answers per message or few expensive ones, and never outlive this process.
+interpreters (worker.py), take many cheap answers per message or few expensive ones, and never outlive this process. A
+scorer of coroutines has many answers at once and is killed only when one of them blocks it; one that takes batches gets
+its share of all answers in one call, which has the time of all of them, and shares their fate.
 
 One thread at a time may use a pool. Linux only (memfd, PR_SET_PDEATHSIG). A worker also dies with the *thread* that
 started it, which the next `score` mends. A scorer is trusted code here; untrusted programs run in sandbox/.
@@ -23,16 +25,18 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from types import TracebackType
+from typing import Any
 
 from remax_megatron.errors import UserError
 from remax_megatron.rewards.sandbox.api import remove_folder
-from remax_megatron.rewards.scoring import RewardError
-from remax_megatron.rewards.worker import BOOTSTRAP, LOAD_S, Progress, ScoreRequest, ScoreResult
+from remax_megatron.rewards.scoring import ASYNC, BATCH, RewardError, ScoreRequest, ScoreResult
+from remax_megatron.rewards.worker import BOOTSTRAP, LOAD_S, Progress, Ready, Setup
 
 FAILURES = ("error", "timeout", "crash")
 _FIRST_CHUNK, _MAX_CHUNK = 8, 512  # answers per message; between them by how long the last one took
@@ -45,11 +49,7 @@ class RewardFailures(UserError):
 
 
 class RewardPool:
-    """`num_workers` processes that score with the built-in rules (path None) or with function `name` of file `path`.
-
-    `timeout_s` is the deadline of one answer in seconds of wall time; `memory_gib` limits the address space of each
-    worker (a scorer that wants more gets MemoryError, outcome "error"). RewardError when the scorer cannot be loaded.
-    """
+    """`num_workers` processes that score with the built-in rules (path None) or with `name` of the file `path`."""
 
     def __init__(
         self,
@@ -58,8 +58,19 @@ class RewardPool:
         *,
         path: str | None = None,
         name: str = "compute_score",
+        kwargs: Mapping[str, Any] | None = None,
         memory_gib: float | None = None,
+        async_concurrency: int = 64,
     ):
+        """RewardError when a limit is none; whether the scorer can be loaded shows in `load`, or the first `score`.
+
+        num_workers        processes
+        timeout_s          the deadline of one answer in seconds of wall time
+        path, name         the user's scorer (custom.py)
+        kwargs             more arguments for it
+        memory_gib         address space of each worker; a scorer that wants more gets MemoryError, outcome "error"
+        async_concurrency  coroutines of an async scorer that run at once in a worker
+        """
         if num_workers < 1:
             raise RewardError(f"reward.num_workers={num_workers} must be at least 1")
         if not 0 < timeout_s < math.inf:
@@ -72,7 +83,8 @@ class RewardPool:
             prefix="remax-rewards-"
         )  # TMPDIR of the workers: nothing of theirs stays behind
         os.chmod(self._folder, 0o711)  # the sandbox's programs run as nobody where this process is root's
-        self._setup = (None if path is None else os.path.abspath(os.path.expanduser(path)), name, memory_bytes)
+        path = None if path is None else os.path.abspath(os.path.expanduser(path))
+        self._setup = Setup(path, name, dict(kwargs or {}), memory_bytes, timeout_s, async_concurrency)
         self._chunk_size = _FIRST_CHUNK
         self._workers: list[_Worker] = []
         try:
@@ -96,6 +108,19 @@ class RewardPool:
             self._workers.pop().kill()
         remove_folder(self._folder)
 
+    def load(self) -> None:
+        """Wait until a worker has loaded the scorer; RewardError, and the end of the pool, when it cannot be."""
+        try:
+            while not any(worker.ready for worker in self._workers):
+                first = self._workers[0]
+                if first.connection.poll(_LOOK_S):
+                    self._take(first, {}, deque())
+                elif first.late_sample(self.timeout_s) is not None:
+                    self._end(first, {}, deque(), late=-1)
+        except BaseException:
+            self.close()
+            raise
+
     def score(
         self, requests: Sequence[ScoreRequest], *, max_failure_share: float = 1.0, num_answers: int | None = None
     ) -> list[ScoreResult]:
@@ -117,10 +142,9 @@ class RewardPool:
         todo = deque(range(len(requests)))
         while len(results) < len(requests):
             for worker in self._workers:
-                if todo and worker.idle and self._is_ready(worker):
-                    size = max(1, min(self._chunk_size, len(todo) // (2 * len(self._workers))))
+                if todo and self._is_ready(worker) and (size := self._room(worker, len(todo), len(requests))) > 0:
                     indices = [todo.popleft() for _ in range(min(size, len(todo)))]
-                    worker.send([(i, requests[i]) for i in indices])
+                    worker.send([(i, requests[i]) for i in indices], self.timeout_s)
             now = time.monotonic()
             watched = [w for w in self._workers if w.pending or not w.ready]
             next_deadline = min(w.deadline(self.timeout_s) for w in watched)
@@ -134,6 +158,17 @@ class RewardPool:
             if len(failed) > max_share * num_answers:
                 raise _too_many(failed, num_answers, max_share)
         return [results[i] for i in range(len(requests))]
+
+    def _room(self, worker: _Worker, num_left: int, num_all: int) -> int:
+        """How many more answers the worker is sent, of `num_left` that no worker has, of `num_all`."""
+        if worker.kind == ASYNC:
+            fair = -(-num_all // len(self._workers))
+            return min(self._setup.async_concurrency, fair) - len(worker.pending)
+        if worker.pending:
+            return 0
+        if worker.kind == BATCH:
+            return -(-num_all // len(self._workers))
+        return max(1, min(self._chunk_size, num_left // (2 * len(self._workers))))
 
     def _is_ready(self, worker: _Worker) -> bool:
         """Whether chunks can be sent. One that died between two calls (its starting thread ended) is replaced."""
@@ -154,9 +189,9 @@ class RewardPool:
             self._end(worker, results, todo, late=None)
             return
         if not worker.ready:
-            if message is not None:
+            if not isinstance(message, Ready):
                 raise RewardError(message)
-            worker.ready = True
+            worker.is_ready(message)
             return
         finished, done = message
         worker.take(finished, results)
@@ -177,7 +212,12 @@ class RewardPool:
             while worker.connection.poll():
                 worker.take(worker.connection.recv()[0], results)
         culprit = worker.progress.index  # final: the process is gone
-        if culprit in worker.pending and (late is None or late == culprit):
+        if worker.kind == BATCH:
+            how = "timeout" if late is not None else "crash"
+            message = f"no scores of {len(worker.pending)} answers in time" if late is not None else "the worker died"
+            results |= {index: ScoreResult(0.0, how, message) for index in worker.pending}
+            worker.pending.clear()
+        elif culprit in worker.pending and (late is None or late == culprit):
             worker.pending.remove(culprit)
             if late is None:
                 how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -201,8 +241,9 @@ class RewardPool:
 class _Worker:
     """A worker process as the pool sees it; `pending` are the indices sent and not yet answered."""
 
-    def __init__(self, setup: tuple[str | None, str, int | None], folder: str):
-        self.ready = False
+    def __init__(self, setup: Setup, folder: str):
+        self.ready, self.kind = False, ""
+        self._unwanted: dict[str, Any] = {}  # fields of a request that need not be sent
         self.pending: set[int] = set()
         self.sent = time.monotonic()
         self.connection, theirs = Pipe()
@@ -225,9 +266,11 @@ class _Worker:
         with suppress(BrokenPipeError):  # its death shows when it is waited for
             self.connection.send(setup)
 
-    @property
-    def idle(self) -> bool:
-        return not self.pending
+    def is_ready(self, message: Ready) -> None:
+        self.ready, self.kind = True, message.kind
+        self._unwanted = {} if "prompt" in message.wants else {"prompt": []}
+        if not message.wants & {"token_ids", "num_tokens"}:
+            self._unwanted["token_ids"] = []
 
     def deadline(self, timeout_s: float) -> float:
         """When it has to be killed (CLOCK_MONOTONIC, s)."""
@@ -239,12 +282,13 @@ class _Worker:
         index = self.progress.index
         return index if deadline == self.deadline(timeout_s) < time.monotonic() else None
 
-    def send(self, chunk: list[tuple[int, ScoreRequest]]) -> None:
-        self.pending = {index for index, _ in chunk}
+    def send(self, chunk: list[tuple[int, ScoreRequest]], timeout_s: float) -> None:
+        self.pending |= {index for index, _ in chunk}
         self.sent = time.monotonic()
-        self.progress.set(chunk[0][0], self.sent)
+        if self.kind != ASYNC:  # which tells by itself when it is at work
+            self.progress.set(chunk[0][0], self.sent + (timeout_s * (len(chunk) - 1) if self.kind == BATCH else 0.0))
         with suppress(BrokenPipeError, ConnectionResetError):  # its death shows when it is waited for
-            self.connection.send(chunk)
+            self.connection.send([(index, replace(request, **self._unwanted)) for index, request in chunk])
 
     def take(self, finished: list[tuple[int, ScoreResult]], results: dict[int, ScoreResult]) -> None:
         for index, result in finished:

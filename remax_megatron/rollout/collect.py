@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.rewards.pool import RewardPool, check_failures
-from remax_megatron.rewards.worker import ScoreRequest, ScoreResult
+from remax_megatron.rewards.scoring import ScoreRequest, ScoreResult
 from remax_megatron.rollout.engine import Engine
 from remax_megatron.types import Completion, Prompt, Rollout
 

@@ -17,8 +17,8 @@ from remax_megatron.data import math as math_data
 from remax_megatron.data.dataset import as_messages
 from remax_megatron.rewards import math as math_rule
 from remax_megatron.rewards.boxed import last_boxed
-from remax_megatron.rewards.pool import RewardPool, ScoreRequest
-from remax_megatron.rewards.scoring import RewardError
+from remax_megatron.rewards.pool import RewardPool
+from remax_megatron.rewards.scoring import RewardError, ScoreRequest
 from tests import ROOT
 
 MATH = "DigitalLearningGmbH/MATH-lighteval"

@@ -18,12 +18,10 @@ from remax_megatron.rewards.gsm8k import flexible_score, strict_score
 from remax_megatron.rewards.pool import (
     RewardFailures,
     RewardPool,
-    ScoreRequest,
-    ScoreResult,
     check_failures,
     failure_counts,
 )
-from remax_megatron.rewards.scoring import RewardError, check_data_sources
+from remax_megatron.rewards.scoring import RewardError, ScoreRequest, ScoreResult, check_data_sources
 
 # What the answer says is what the scorer does.
 SCORER = """
@@ -84,7 +82,7 @@ def test_in_order_with_other_numbers(scorer: str) -> None:
     with RewardPool(2, 5.0, path=scorer) as pool:
         results = pool.score(asks("sleep 0.2", "a", "bb", "sleep 0.1", *["x"] * 50))
         assert [r.score for r in results] == list(range(54))
-        assert results[2] == ScoreResult(2.0, extra={"length": 2.0, "bonus": 0.0})
+        assert results[2] == ScoreResult(2.0, extra={"length": 2.0, "bonus": 0.0}, texts={"note": "text"})
         assert pool.score([]) == []
         assert pool.score([ScoreRequest("mine", "", "3", {"bonus": 0.5})])[0].extra["bonus"] == 0.5
 
@@ -101,7 +99,7 @@ def test_each_failure_is_one_sample_of_its_own(scorer: str) -> None:
     assert [r.score for r in results] == [i if i % 3 else 0 for i in range(21)]
     messages = [r.message for r in results[::3]]
     assert messages[0] == "no score within 0.6 s" and messages[4] == "the reward worker died: exit code 3"
-    assert "mine.py: compute_score raised KeyError: 'x'; sample: data_source='mine'" in messages[2]
+    assert "mine.py:10: compute_score raised KeyError: 'x'; sample: data_source='mine'" in messages[2]
     assert "SystemExit: no" in messages[3] and "SIGKILL" in messages[5] and "MemoryError" in messages[6]
     assert failure_counts(results) == {"error": 3, "timeout": 2, "crash": 2}
 
@@ -157,7 +155,8 @@ def test_workers_die_with_the_parent(scorer: str, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path[:] = {sys.path!r}
-from remax_megatron.rewards.pool import RewardPool, ScoreRequest
+from remax_megatron.rewards.pool import RewardPool
+from remax_megatron.rewards.scoring import ScoreRequest
 pool = RewardPool(2, 60.0, path={scorer!r})
 pool.score([ScoreRequest("mine", "fine", "1")] * 4)
 print(*[w.process.pid for w in pool._workers], flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from remax_megatron.rewards.gsm8k import extract_answer, strict_score
-from remax_megatron.rewards.scoring import RewardError, check_data_sources, load_scorer
+from remax_megatron.rewards.scoring import RewardError, ScoreRequest, check_data_sources, load_scorer
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ from remax_megatron.rewards.scoring import RewardError, check_data_sources, load
 def test_strict_scorer(solution: str, ground_truth: str, score: float) -> None:
     assert strict_score(solution, ground_truth) == score
     for data_source in ("openai/gsm8k", "word_problems"):
-        assert load_scorer(None)(data_source, solution, ground_truth, {})[0] == score
+        assert load_scorer(None).score(ScoreRequest(data_source, solution, ground_truth)).score == score
 
 
 def test_extract_answer() -> None:
@@ -45,7 +45,7 @@ def test_unknown_data_source() -> None:
     message = r"no scorer for data_source 'lighteval/MATH'; known: openai/gsm8k, .*, code; "
     message += r"set custom_reward_function\.path"
     with pytest.raises(RewardError, match=message):
-        load_scorer(None)("lighteval/MATH", "#### 1", "1", {})
+        load_scorer(None).score(ScoreRequest("lighteval/MATH", "#### 1", "1"))
     check_data_sources({"openai/gsm8k", "word_problems"})
     with pytest.raises(RewardError, match="'a', 'b'"):
         check_data_sources({"b", "openai/gsm8k", "a"})
@@ -55,7 +55,7 @@ def custom(tmp_path: Path, code: str, name: str = "compute_score"):
     path = tmp_path / "reward.py"
     path.write_text(code)
     scorer = load_scorer(str(path), name)
-    return lambda *sample: scorer(*sample)[0]
+    return lambda *sample: scorer.score(ScoreRequest(*sample)).score
 
 
 SIGNATURE = "def compute_score(data_source, solution_str, ground_truth, extra_info=None): "

@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from remax_megatron.rewards.code import extract_program, score
-from remax_megatron.rewards.pool import RewardPool, ScoreRequest
+from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.sandbox import api, supervisor
 from remax_megatron.rewards.sandbox.api import CONFINEMENTS, Protections, SandboxError, available_protections
 from remax_megatron.rewards.sandbox.limits import Limits
-from remax_megatron.rewards.scoring import RewardError
+from remax_megatron.rewards.scoring import RewardError, ScoreRequest
 
 
 @pytest.fixture(scope="module", params=CONFINEMENTS)

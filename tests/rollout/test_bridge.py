@@ -178,8 +178,18 @@ def tokens_of(answers):
     return [[answer.token_ids for answer in group] for group in answers]
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "vllm_tp": 1}, {"pp": 2, "vllm_tp": 2, "bucket_bytes": 3000}])
-@pytest.mark.parametrize("model", ["tied", "untied"])
+TP2, PP2 = {"tp": 2, "vllm_tp": 1}, {"pp": 2, "vllm_tp": 2, "bucket_bytes": 3000}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        pytest.param("tied", TP2, marks=pytest.mark.slow),
+        ("tied", PP2),
+        ("untied", TP2),
+        pytest.param("untied", PP2, marks=pytest.mark.slow),
+    ],
+)
 def test_resharding_is_exact_and_rollouts_do_not_depend_on_the_layout(model, layout, request):
     from safetensors.torch import load_file
 

@@ -180,7 +180,14 @@ def test_a_profiled_step_leaves_a_trace_of_its_phases_on_each_rank(first_run):
     assert all(names.count(phase) == 1 for phase in ("step", "rollout", "reward", "update", "sync"))
 
 
-@pytest.mark.parametrize(("ranks", "tp", "pp", "vllm_tp"), [case for case in LAYOUTS if case != (2, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "tp", "pp", "vllm_tp"),
+    [
+        pytest.param(*case, marks=() if case in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 2, 2)) else pytest.mark.slow)
+        for case in LAYOUTS
+        if case != (2, 1, 1, 1)
+    ],
+)
 def test_every_layout_trains(torchrun, demo_policy, tmp_path, ranks, tp, pp, vllm_tp):
     finished = torchrun(ranks, overrides(demo_policy, tmp_path / "run", tp, pp, vllm_tp))
     assert finished.code == 0, finished.output

@@ -31,6 +31,7 @@ sys.exit(sys.argv[1] != "says that all is well")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.vllm_cpu
 @pytest.mark.timeout(600)  # it starts four runs; under a minute on two cores of its own
 def test_killed_ranks_cost_no_more_than_the_steps_since_the_last_checkpoint(demo_policy, tmp_path):

@@ -1,0 +1,150 @@
+"""The rows of a data file, as plain Python values: .parquet, .json (a list of objects, or one per line) and .jsonl.
+
+Every refusal is a DataError with the file, the row (a line for JSON lines) and the fix. A row that cannot be read is
+handed out as its DataError, so that the reader can go on and show several at once; a file that cannot is raised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from remax_megatron.data.schema import DataError
+from remax_megatron.data_files import SUFFIXES
+
+Row = tuple[str, dict[str, Any] | DataError]  # the place for messages, and the row
+
+
+def read_rows(path: Path, prompt_key: str) -> Iterator[Row]:
+    """Each row of the file at `path`, with the columns that a prompt needs."""
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path, prompt_key)
+    elif path.suffix in SUFFIXES:
+        for place, row in _read_json(path):
+            yield place, row if isinstance(row, DataError) else _with_columns(row, place, prompt_key)
+    else:
+        raise DataError(f"{path}: unknown kind of file {path.suffix!r}; use .parquet, .json or .jsonl")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    """(line number from 1, object, or what is wrong with the line) of each line; blank lines are skipped."""
+    for number, line in enumerate(_read_bytes(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:  # also a UnicodeDecodeError
+            yield number, DataError(f"{path}:{number}: not JSON: {error}")
+            continue
+        yield number, value if isinstance(value, dict) else _not_an_object(f"{path}:{number}", value)
+
+
+def as_messages(value: Any, place: str, prompt_key: str = "prompt") -> list[dict[str, str]]:
+    """The turns of a prompt: text is one user turn; a list, tuple or numpy array holds {role, content} objects.
+
+    Text that is JSON for such a list is that list.
+    """
+    if isinstance(value, str):
+        value = _turns_in_text(value, place, prompt_key) or [{"role": "user", "content": value}]
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple) or not value:
+        raise DataError(f"{place}: {prompt_key} must be text or a list of {{role, content}}, found {value!r}")
+    for turn in value:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
+            raise DataError(f"{place}: each turn of {prompt_key} needs the texts 'role' and 'content', found {turn!r}")
+    if not any(turn["content"].strip() for turn in value):
+        raise DataError(f"{place}: {prompt_key} is empty; write its text, or leave the row out")
+    return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+
+
+def is_turns_in_text(value: Any) -> bool:
+    """Tell whether `value` is text that stands for a list of turns."""
+    return isinstance(value, str) and value.lstrip()[:1] in "[{" and _objects(value) is not None
+
+
+def _turns_in_text(text: str, place: str, prompt_key: str) -> list[Any] | None:
+    """The list of turns that `text` is JSON for; None for plain text, DataError for what is nearly such a list."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    turns = _objects(text)
+    looks = turns is not None or ("role" in text and "content" in text and text.rstrip()[-1:] in ("]", "}"))
+    if looks and (turns is None or not all("role" in turn and "content" in turn for turn in turns)):
+        raise DataError(
+            f"{place}: {prompt_key} is text that looks like a list of turns, but is not JSON for a list of "
+            f"{{role, content}}: {text[:80]!r}; write the list itself, or plain text"
+        )
+    return turns
+
+
+def _objects(text: str) -> list[dict[str, Any]] | None:
+    """The JSON list of objects that `text` is; None where it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value) else None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _with_columns(row: dict[str, Any], place: str, prompt_key: str) -> dict[str, Any] | DataError:
+    reward_model = row.get("reward_model")
+    fields = set(reward_model) if isinstance(reward_model, dict) else set()
+    return _missing_column(place, set(row), fields, prompt_key) or row
+
+
+def _missing_column(place: str, columns: set[str], reward_model_fields: set[str], prompt_key: str) -> DataError | None:
+    found = columns | {f"reward_model.{field}" for field in reward_model_fields}
+    for needed in (prompt_key, "data_source", "reward_model.ground_truth"):
+        if needed not in found:
+            fix = "; data.prompt_key names the prompt's column" if needed == prompt_key else ""
+            return DataError(f"{place}: no column {needed!r}; found: {', '.join(sorted(found)) or 'none'}{fix}")
+    return None
+
+
+def _read_parquet(path: Path, prompt_key: str) -> Iterator[Row]:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where the file has checksums
+            schema = file.schema_arrow
+            reward_model = schema.field("reward_model").type if "reward_model" in schema.names else pa.null()
+            fields = {f.name for f in reward_model} if pa.types.is_struct(reward_model) else set()
+            if missing := _missing_column(str(path), set(schema.names), fields, prompt_key):
+                raise missing
+            columns = [c for c in (prompt_key, "data_source", "reward_model", "extra_info") if c in schema.names]
+            rows = file.read(columns=columns).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # corrupt (any of them), cut, missing, a folder
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{path}: cannot be read as parquet: {reason}") from error
+    for number, row in enumerate(rows):
+        yield f"{path}: row {number}", row
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """A .json file that opens with `[` is a list of objects; anything else is one object per line."""
+    if path.suffix == ".jsonl" or not _read_bytes(path).lstrip().startswith(b"["):
+        for line, row in read_jsonl(path):
+            yield f"{path}:{line}", row
+        return
+    try:
+        rows = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    for number, row in enumerate(rows):
+        place = f"{path}: row {number}"
+        yield place, row if isinstance(row, dict) else _not_an_object(place, row)
+
+
+def _not_an_object(place: str, value: Any) -> DataError:
+    return DataError(f"{place}: an object is needed, found {type(value).__name__}")
