@@ -4,9 +4,10 @@
 
 Presets hold nested or dotted keys and may build on each other with a Hydra defaults list. Every key must be one of
 `schema.Config`: an unknown one is an error that names the nearest known ones, a value of a wrong type an error that
-names the type. `+key=value` and `++key=value` set a key as `key=value` does, since every key exists. What Hydra offers
-beside that (sweeps, config groups, deletion, the `hydra.*` keys) is refused. The rules that settings have to keep are
-in `rules`.
+names the type. `+key=value` and `++key=value` set a key as `key=value` does, since every key exists. Below a setting
+that holds a mapping any key is legal; a mapping given as a whole is merged, name by name, with what presets and earlier
+overrides put there, and null empties it. What Hydra offers beside that (sweeps, config groups, deletion, the `hydra.*`
+keys) is refused. The rules that settings have to keep are in `rules`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize, initialize_config_dir
-from hydra.core.config_store import ConfigStore
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from remax_megatron.config.schema import ACTOR, SETTINGS, Config, ConfigError
 from remax_megatron.config.setting import set_value, type_words, value_of
 
 HYDRA_VERSION = "1.3"
-STORE_NAME = "remax_megatron_settings"
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,10 @@ def load_config(
     ConfigError: no such preset, an unreadable one, an unknown key, a value of a wrong type, or a required key not set.
     """
     preset = _read_preset(config_name, Path(config_dir) if config_dir else presets_dir())
-    base = _typed(preset, config_name)
-    cleaned = [_clean_override(text) for text in overrides]
-    composed = _apply_overrides(base, [text for text, _ in cleaned])
+    composed = _merged(OmegaConf.structured(Config), preset, f" (in the preset {config_name})")
+    trees = [_read_override(text) for text in overrides]
+    for tree in trees:
+        composed = _merged(composed, tree)
     _check_required(composed)
     try:
         config = OmegaConf.to_object(composed)
@@ -62,7 +62,7 @@ def load_config(
             f"{key}: the interpolation cannot be resolved ({_first_line(error)}); write the value itself"
         ) from error
     assert isinstance(config, Config)
-    return LoadedConfig(config, _settle(config, {key for _, keys in cleaned for key in keys}))
+    return LoadedConfig(config, _settle(config, {key for tree in trees for key in _dotted(tree)}))
 
 
 def to_yaml(config: Config) -> str:
@@ -122,12 +122,15 @@ def _read_preset(name: str, folder: Path) -> dict[str, Any]:
     return _checked(_nest(tree), f" (in the preset {name})")
 
 
-def _nest(tree: Mapping[Any, Any]) -> dict[str, Any]:
-    """`tree` with dotted keys unfolded: {"a.b": 1} -> {"a": {"b": 1}}."""
+def _nest(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """`tree` with dotted keys unfolded, {"a.b": 1} -> {"a": {"b": 1}}, down to the settings that hold a mapping."""
     nested: dict[str, Any] = {}
     for key, value in tree.items():
+        whole = f"{prefix}{key}"
+        if isinstance(value, Mapping) and whole not in SETTINGS:
+            value = _nest(value, f"{whole}.")
         for name in reversed(str(key).split(".")):
-            value = {name: _nest(value) if isinstance(value, Mapping) else value}
+            value = {name: value}
         nested = _overlay(nested, value)
     return nested
 
@@ -149,7 +152,7 @@ def _checked(tree: dict[str, Any], where: str, prefix: str = "") -> dict[str, An
     for name, value in tree.items():
         key = prefix + name
         if key in SETTINGS:
-            kept[name] = value
+            kept[name] = _mapping(key, value, where) if SETTINGS[key].mapping else value
         elif key not in _groups():
             raise _unknown_key(f"{key}.{next(_dotted(value))}" if isinstance(value, dict) and value else key, where)
         elif isinstance(value, dict):
@@ -159,12 +162,23 @@ def _checked(tree: dict[str, Any], where: str, prefix: str = "") -> dict[str, An
     return kept
 
 
-def _typed(preset: dict[str, Any], source: str) -> DictConfig:
-    """The schema's defaults with `preset` on top, every value converted to its type."""
+def _mapping(key: str, value: Any, where: str) -> Any:
+    """`value`. ConfigError unless it is null, an interpolation, or a mapping whose names are texts."""
+    if value is None or (isinstance(value, str) and value.startswith("${")):
+        return value
+    if not isinstance(value, Mapping):
+        raise _wrong_type(key, value, where)
+    if strange := [name for name in value if not isinstance(name, str)]:
+        raise ConfigError(f"{key}{where} has the name {strange[0]!r}, which is not a text; quote it")
+    return value
+
+
+def _merged(below: DictConfig, above: dict[str, Any], where: str = "") -> DictConfig:
+    """`below` with the values of `above` on top, each converted to its type."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), preset)
+        merged = OmegaConf.merge(below, above)
     except OmegaConfBaseException as error:
-        raise _type_error(error, f" (in the preset {source})") from error
+        raise _type_error(error, where) from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -172,8 +186,8 @@ def _typed(preset: dict[str, Any], source: str) -> DictConfig:
 # Overrides -----------------------------------------------------------------------------------------------------------
 
 
-def _clean_override(text: str) -> tuple[str, list[str]]:
-    """`text` as Hydra takes it for a key that exists, and the keys that it sets."""
+def _read_override(text: str) -> dict[str, Any]:
+    """What the override `text` sets, as nested dicts whose keys are all known."""
     parser = OverridesParser.create()
     try:
         try:
@@ -203,19 +217,9 @@ def _clean_override(text: str) -> tuple[str, list[str]]:
     tree = _checked(_nest({key: override.value()}), "")
     if not tree:
         raise _not_a_value(key, None, "")
-    return "++" + text.lstrip("+"), list(_dotted(tree))
-
-
-def _apply_overrides(base: DictConfig, overrides: list[str]) -> DictConfig:
-    ConfigStore.instance().store(name=STORE_NAME, node=base)
-    try:
-        with initialize(config_path=None, version_base=HYDRA_VERSION):
-            return compose(STORE_NAME, overrides=overrides)
-    except HydraException as error:
-        cause = error.__cause__
-        if isinstance(cause, OmegaConfBaseException):
-            raise _type_error(cause) from error
-        raise ConfigError(f"the overrides cannot be applied: {_first_line(error)}") from error
+    if override.value() == MISSING:  # which a merge would leave out without a word
+        raise _not_set(key)
+    return tree
 
 
 # The resolved settings -----------------------------------------------------------------------------------------------
@@ -225,7 +229,7 @@ def _check_required(config: DictConfig) -> None:
     for key, setting in SETTINGS.items():
         group, _, name = key.rpartition(".")
         if setting.example is not None and OmegaConf.is_missing(OmegaConf.select(config, group), name):
-            raise ConfigError(f"{key} is not set; set {key}={setting.example}")
+            raise _not_set(key)
 
 
 def _settle(config: Config, set_by_user: set[str]) -> list[str]:
@@ -306,10 +310,18 @@ def _not_a_value(group: str, value: Any, where: str) -> ConfigError:
     )
 
 
+def _not_set(key: str) -> ConfigError:
+    return ConfigError(f"{key} is not set; set {key}={SETTINGS[key].example or '...'}")
+
+
+def _wrong_type(key: str, value: Any, where: str) -> ConfigError:
+    return ConfigError(f"{key}={value!r}{where} has a wrong type; set it to {type_words(SETTINGS[key].kind)}")
+
+
 def _type_error(error: OmegaConfBaseException, where: str = "") -> ConfigError:
     key = error.full_key or ""
     if isinstance(error, ValidationError) and key in SETTINGS:
-        return ConfigError(f"{key}={error.value!r}{where} has a wrong type; set it to {type_words(SETTINGS[key].kind)}")
+        return _wrong_type(key, error.value, where)
     return ConfigError(f"{key or 'a setting'}{where} cannot be set: {_first_line(error)}")
 
 

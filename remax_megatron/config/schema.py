@@ -94,6 +94,9 @@ class Data:
     )
     shuffle: bool = setting(True, help="Draws a new order of the prompts for each epoch from trainer.seed.")
     prompt_key: str = setting("prompt", help="The column of the data files that holds the prompt.")
+    apply_chat_template_kwargs: dict[str, Any] | None = setting(
+        None, mapping=True, help="Arguments of the chat template, by name, as enable_thinking; null: none."
+    )
 
 
 @dataclass
@@ -526,6 +529,9 @@ class CustomRewardFunction:
 
     path: str | None = setting(None, path=True, help="A Python file; null: the reward of the row's data_source.")
     name: str = setting("compute_score", help="The function in that file.")
+    reward_kwargs: dict[str, Any] | None = setting(
+        None, mapping=True, help="More arguments of the function, by name; null: none."
+    )
 
 
 @dataclass

@@ -29,6 +29,7 @@ TYPE_NAMES = {
     str: "a text",
     type(None): "null",
     Any: "a value or a list",
+    dict[str, Any]: "a mapping {name: value}",
 }
 
 
@@ -60,6 +61,7 @@ class Setting:
     limits: Limits | None
     why: str
     path: bool
+    mapping: bool
     alias_of: str | None
     example: str | None
     on_resume: str | None
@@ -76,6 +78,7 @@ def setting(
     limits: Limits | None = None,
     why: str = "",
     path: bool = False,
+    mapping: bool = False,
     alias_of: str | None = None,
     example: str | None = None,
     on_resume: str | None = None,
@@ -88,11 +91,12 @@ def setting(
     limits: legal numbers; null is legal where the type allows it.
     why: the reason for `choices` or `limits`, for the message that refuses another value.
     path: a path or a list of paths, in which a leading ~ is expanded.
+    mapping: the setting holds names and values of the user's own, to any depth; every key below it is legal.
     alias_of: the key that this one stands for; its value is moved there with a note.
     example: what a user may write for a setting that has no default.
     on_resume: MAY_CHANGE or MUST_MATCH; None takes the group's.
     """
-    facts = Setting(help, choices, limits, why, path, alias_of, example, on_resume)
+    facts = Setting(help, choices, limits, why, path, mapping, alias_of, example, on_resume)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata={"setting": facts})
     return dataclasses.field(default=default, metadata={"setting": facts})

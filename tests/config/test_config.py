@@ -308,6 +308,60 @@ def test_yaml_round_trip(tmp_path, name):
     assert again.config == config and again.notes == []
 
 
+# Settings that hold a mapping ----------------------------------------------------------------------------------------
+
+KWARGS, REWARD_KWARGS = "data.apply_chat_template_kwargs", "custom_reward_function.reward_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "value"),
+    [
+        ([f"+{KWARGS}.enable_thinking=False"], KWARGS, {"enable_thinking": False}),
+        ([f"{KWARGS}={{enable_thinking: false}}"], KWARGS, {"enable_thinking": False}),
+        (["data={apply_chat_template_kwargs:{a:1}}"], KWARGS, {"a": 1}),
+        (
+            [f"+{REWARD_KWARGS}.scale=2", f"++{REWARD_KWARGS}.deep.er=[1,{{x:2}}]"],
+            REWARD_KWARGS,
+            {"scale": 2, "deep": {"er": [1, {"x": 2}]}},
+        ),
+        ([f"{REWARD_KWARGS}={{a:1,b:2}}", f"{REWARD_KWARGS}={{b:3}}"], REWARD_KWARGS, {"a": 1, "b": 3}),
+        ([f"{REWARD_KWARGS}.a=1", f"{REWARD_KWARGS}=null", f"{REWARD_KWARGS}.b=null"], REWARD_KWARGS, {"b": None}),
+        ([f"{REWARD_KWARGS}.seed=${{trainer.seed}}"], REWARD_KWARGS, {"seed": 1}),
+        ([f"{REWARD_KWARGS}=null"], REWARD_KWARGS, None),
+    ],
+)
+def test_any_name_is_legal_below_a_mapping(overrides, key, value):
+    assert value_of(load_config("demo", overrides).config, key) == value
+
+
+def test_a_preset_s_mapping_keeps_its_names_and_is_merged_with_overrides(tmp_path):
+    (tmp_path / "base.yaml").write_text(f"defaults: [demo, _self_]\n{KWARGS}.deep.a: 1\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [base, _self_]\ndata:\n  apply_chat_template_kwargs: {x.y: 2, deep: {b: [3]}}\n"
+    )
+    loaded = load_config("mine", [f"+{KWARGS}.deep.c=4"], tmp_path)
+    expected = {"x.y": 2, "deep": {"a": 1, "b": [3], "c": 4}}
+    assert loaded.config.data.apply_chat_template_kwargs == expected and loaded.notes == []
+    (tmp_path / "config.yaml").write_text(to_yaml(loaded.config))
+    assert load_config("config", config_dir=tmp_path).config == loaded.config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (f"{KWARGS}=5", [f"{KWARGS}=5", "a mapping {name: value} or null"]),
+        (f"{KWARGS}=x", [f"{KWARGS}='x'", "a mapping {name: value} or null"]),
+        (f"{REWARD_KWARGS}=[1]", [f"{REWARD_KWARGS}=[1]", "a mapping {name: value} or null"]),
+        (f"{REWARD_KWARGS}={{1:2}}", [REWARD_KWARGS, "the name 1, which is not a text"]),
+        ("trainer.seed.x=1", ["trainer.seed={'x': 1}", "an integer"]),
+    ],
+)
+def test_what_is_no_mapping_is_refused(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [override])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
 # Mapped and remarked settings ----------------------------------------------------------------------------------------
 
 
