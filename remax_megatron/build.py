@@ -15,7 +15,7 @@ from remax_megatron.checkpoint.state import RunState, restore, restore_optimizer
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.schema import Config, needs_reference, recompute_of
 from remax_megatron.flops import UpdateFlops, peak_bf16_tflops
-from remax_megatron.inputs import Inputs
+from remax_megatron.inputs import Inputs, reward_pool
 from remax_megatron.memory_probe import memory_probe
 from remax_megatron.metrics import MetricsWriter
 from remax_megatron.model_facts import ModelFacts
@@ -25,7 +25,7 @@ from remax_megatron.policy.policy import Policy
 from remax_megatron.policy.reference import Reference
 from remax_megatron.policy.settings import PolicySettings
 from remax_megatron.policy.training_state import TrainingState
-from remax_megatron.rewards.pool import RewardPool
+from remax_megatron.rewards.length import LengthRules
 from remax_megatron.rollout.bridge import Bridge
 from remax_megatron.rollout.collect import Collector
 from remax_megatron.rollout.engine import Engine
@@ -159,6 +159,7 @@ def build_engine(start: Start) -> Engine:
         tied_embeddings=start.facts.tied_embeddings,
         stop_token_ids=inputs.stop_token_ids,
         greedy=get_estimator(config.algorithm.adv_estimator).needs_greedy,
+        keep_special_tokens=config.reward.keep_special_tokens,
     )
     start.timer.probe = memory_probe(start.device, engine.unmapped_bytes)
     start.timer.pop()
@@ -180,12 +181,11 @@ def build_bridge(start: Start, policy: Policy, engine: Engine) -> Bridge:
 
 def build_collector(start: Start, engine: Engine) -> Collector:
     """The engine with the processes that score its answers; those belong to the first rank of each replica."""
-    custom, reward, pool = start.config.custom_reward_function, start.config.reward, None
-    if engine.leads_replica:
-        pool = RewardPool(
-            reward.num_workers, reward.timeout_s, path=custom.path, name=custom.name, memory_gib=reward.memory_gib
-        )
-    return Collector(engine, pool, reward.max_failure_share, start.timer)
+    reward = start.config.reward
+    pool = reward_pool(start.config, reward.num_workers) if engine.leads_replica else None
+    limit = start.config.data.max_response_length
+    lengths = LengthRules(reward.cut_answers, limit, reward.overlong_buffer, reward.overlong_penalty)
+    return Collector(engine, pool, reward.max_failure_share, start.timer, lengths)
 
 
 def build_saver(start: Start, training_state: TrainingState, layout: Layout) -> Saver:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.schema import Config, ConfigError
-from remax_megatron.data.dataset import PromptDataset, load_prompts
+from remax_megatron.data.dataset import PromptDataset, as_it_is, load_prompts
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.sandbox.api import available_protections
-from remax_megatron.rewards.scoring import check_data_sources, load_scorer
+from remax_megatron.rewards.scoring import built_in_ground_truth
+from remax_megatron.types import Prompt
 from remax_megatron.weights.megatron_folder import open_weights
 
 
@@ -36,19 +40,30 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
     """Find (or make, or download) model and data, and read them. UserError for whatever does not fit."""
     from transformers import AutoTokenizer
 
-    data = config.data
     folder = local_model_folder(config.actor_rollout_ref.model.path)
     open_weights(folder, facts)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:  # what damaged or missing tokenizer files raise
         raise ConfigError(f"actor_rollout_ref.model.path={folder}: the tokenizer cannot be read: {error}") from error
+    template = config.actor_rollout_ref.model.custom_chat_template
+    if template is not None:
+        tokenizer.chat_template = chat_template(template)
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"actor_rollout_ref.model.path={folder}: the tokenizer has no chat template; add one to the folder"
+            f"actor_rollout_ref.model.path={folder}: the tokenizer has no chat template; add one to the folder, or set "
+            "actor_rollout_ref.model.custom_chat_template"
         )
+    train, val = read_prompts(config, tokenizer, facts.vocab_size)
+    check_rewards(config, {*train.sources, *(val.sources if val else ())})
+    return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val)
 
-    def load(files) -> PromptDataset:
+
+def read_prompts(config: Config, tokenizer: Any, vocab_size: int) -> tuple[PromptDataset, PromptDataset | None]:
+    """The prompts of training and validation. UserError, naming up to ten rows, when any cannot be used."""
+    data, own_reward = config.data, config.custom_reward_function.path is not None
+
+    def load(files: Any) -> PromptDataset:
         return load_prompts(
             [files] if isinstance(files, str) else list(files),
             tokenizer,
@@ -56,26 +71,59 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
             filter_overlong_prompts=data.filter_overlong_prompts,
             truncation=data.truncation,
             prompt_key=data.prompt_key,
+            continue_final_message=data.continue_final_message,
+            template_kwargs=data.apply_chat_template_kwargs,
+            vocab_size=vocab_size,
+            ground_truth=as_it_is if own_reward else built_in_ground_truth,
         )
 
-    train = load(data.train_files)
+    train = load(data.train_files).at_most(data.train_max_samples)
     if len(train) < data.train_batch_size:
         raise ConfigError(
             f"data.train_batch_size={data.train_batch_size} is more than the {len(train)} usable prompts of "
             f"data.train_files; set it to {len(train)} or less"
         )
-    val = load(data.val_files) if data.val_files else None
-    if val is not None and data.val_max_samples > 0:
-        val = PromptDataset(val.prompts[: data.val_max_samples], val.num_rows, val.num_filtered, val.num_truncated)
-    reward = config.custom_reward_function
-    if reward.path is None:
-        sources = {p.data_source for p in train} | {p.data_source for p in val or ()}
-        check_data_sources(sources)
+    return train, load(data.val_files).at_most(data.val_max_samples) if data.val_files else None
+
+
+def check_rewards(config: Config, sources: set[str]) -> None:
+    """RewardError when the user's scorer cannot be loaded, or the sandbox of programs cannot be had.
+
+    The user's file is tried in a process of its own, by the first rank of each node.
+    """
+    if config.custom_reward_function.path is None:
         if "code" in sources:
             available_protections().check()
-    else:
-        load_scorer(reward.path, reward.name)  # its errors, before anything is started
-    return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val)
+    elif os.environ.get("LOCAL_RANK", "0") == "0":
+        with reward_pool(config, 1) as pool:
+            pool.load()
+
+
+def reward_pool(config: Config, num_workers: int) -> RewardPool:
+    """The processes that score as `config` says."""
+    custom, reward = config.custom_reward_function, config.reward
+    return RewardPool(
+        num_workers,
+        reward.timeout_s,
+        path=custom.path,
+        name=custom.name,
+        kwargs=custom.reward_kwargs,
+        memory_gib=reward.memory_gib,
+        async_concurrency=reward.async_concurrency,
+    )
+
+
+def chat_template(setting: str) -> str:
+    """The template that actor_rollout_ref.model.custom_chat_template is, or is the file of."""
+    if "{" in setting:
+        return setting
+    try:
+        return Path(setting).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"actor_rollout_ref.model.custom_chat_template={setting} is neither a template (it has no '{{') nor a file "
+            f"that can be read ({error}); set it to one of them"
+        ) from error
 
 
 def end_token_ids(model_folder: str, tokenizer) -> list[int]:
@@ -119,7 +167,7 @@ def check_ranks_agree(config: Config, inputs: Inputs) -> str:
     """The digest of the training prompts. ConfigError, on every rank, when ranks would train on other settings or
     prompts than rank 0. Collective."""
     train, val = (
-        hashlib.sha256(json.dumps([asdict(p) for p in prompts], sort_keys=True, default=str).encode()).hexdigest()
+        hashlib.sha256(json.dumps([_identity(p) for p in prompts], sort_keys=True, default=str).encode()).hexdigest()
         for prompts in (inputs.train_prompts, inputs.val_prompts or ())
     )
     mine = hashlib.sha256(repr((to_yaml(config), train, val)).encode()).hexdigest()
@@ -131,3 +179,8 @@ def check_ranks_agree(config: Config, inputs: Inputs) -> str:
             "environment and files"
         )
     return train
+
+
+def _identity(prompt: Prompt) -> dict[str, Any]:
+    """What makes a prompt the same in a resumed run; its turns are in its tokens."""
+    return {field.name: getattr(prompt, field.name) for field in fields(prompt) if field.name != "turns"}

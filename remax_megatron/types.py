@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+CUT_ANSWERS = ("score", "zero", "mask")  # what an answer that the length limit cut is worth (rewards/length.py)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -50,6 +52,8 @@ class Completion:
     reward_outcome: str = "ok"  # or why there is no score: error, timeout, crash (then the reward is 0)
     reward_message: str = ""
     scores: dict[str, float] = field(default_factory=dict)  # the scorer's other numbers
+    notes: dict[str, str] = field(default_factory=dict)  # and its texts
+    masked: bool = False  # left out of the update, by an advantage of 0
 
 
 @dataclass

@@ -17,12 +17,13 @@ def advantages(rollouts: Sequence[Rollout], estimator: Estimator) -> list[list[f
 
 
 def training_rows(rollouts: Sequence[Rollout], estimator: Estimator) -> list[Row]:
-    """One row per sample, prompts in order, the advantage on every response token (undiscounted reward to go)."""
+    """One row per sample, prompts in order, the advantage on every response token (undiscounted reward to go)
+    or 0 where the sample is masked."""
     return [
         Row(
             prompt_ids=rollout.prompt.token_ids,
             response_ids=sample.token_ids,
-            advantages=[advantage] * len(sample.token_ids),
+            advantages=[0.0 if sample.masked else advantage] * len(sample.token_ids),
             rollout_logprobs=sample.logprobs,
         )
         for rollout, row in zip(rollouts, advantages(rollouts, estimator), strict=True)

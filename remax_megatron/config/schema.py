@@ -39,7 +39,7 @@ from remax_megatron.config.setting import (
     settings_of,
 )
 from remax_megatron.errors import UserError
-from remax_megatron.types import Recompute
+from remax_megatron.types import CUT_ANSWERS, Recompute
 
 LOGGERS = ("console", "wandb", "tensorboard")
 DTYPES = ("bfloat16", "float32")
@@ -63,8 +63,8 @@ class Data:
         path=True,
         example="DIR/train.parquet",
         on_resume=MAY_CHANGE,  # the prompts themselves are compared
-        help="Training prompts: a path or a list of paths of .parquet, .json or .jsonl files. A resumed run compares "
-        "the prompts themselves, so that files may move.",
+        help="Training prompts: a path or a list of paths of .parquet, .json or .jsonl files, of folders of them, or "
+        "patterns as DIR/part-*.parquet. A resumed run compares the prompts themselves, so that files may move.",
     )
     val_files: Any = setting(
         None, path=True, on_resume=MAY_CHANGE, help="Validation prompts, as train_files; null: there is no validation."
@@ -80,12 +80,17 @@ class Data:
         -1,
         limits=POSITIVE_OR_ALL,
         on_resume=MAY_CHANGE,
-        help="Validation prompts that are used; -1: all of them.",
+        help="Validation prompts that are used, the first ones of each data source; -1: all of them.",
     )
     max_prompt_length: int = setting(
         512, limits=POSITIVE, help="Longest prompt in tokens, with the chat template applied."
     )
     max_response_length: int = setting(1024, limits=POSITIVE, help="Longest answer in tokens.")
+    train_max_samples: int = setting(
+        -1,
+        limits=POSITIVE_OR_ALL,
+        help="Training prompts that are used, the first ones of each data source; -1: all of them.",
+    )
     filter_overlong_prompts: bool = setting(True, help="Leaves out prompts above max_prompt_length.")
     truncation: str = setting(
         "error",
@@ -94,6 +99,9 @@ class Data:
     )
     shuffle: bool = setting(True, help="Draws a new order of the prompts for each epoch from trainer.seed.")
     prompt_key: str = setting("prompt", help="The column of the data files that holds the prompt.")
+    continue_final_message: bool = setting(
+        False, help="Lets the model write on where a prompt ends in a turn of the assistant, instead of a new turn."
+    )
     apply_chat_template_kwargs: dict[str, Any] | None = setting(
         None, mapping=True, help="Arguments of the chat template, by name, as enable_thinking; null: none."
     )
@@ -108,6 +116,11 @@ class Model:
         path=True,
         example="FOLDER",
         help="Hugging Face folder, converted Megatron folder, or hub id.",
+    )
+    custom_chat_template: str | None = setting(
+        None,
+        help="A chat template in place of the model's own: its text, or a .jinja file; null: the model's own, which is "
+        "what an exported model keeps in either case.",
     )
     use_remove_padding: bool = setting(True, help="Micro-batches are always packed without padding: True is needed.")
     enable_gradient_checkpointing: bool = setting(
@@ -541,6 +554,26 @@ class Reward:
     num_workers: int = setting(4, limits=POSITIVE, on_resume=MAY_CHANGE, help="Processes per engine replica.")
     timeout_s: float = setting(
         10.0, limits=POSITIVE, help="Seconds in which an answer has to be scored; code.py's own limit is 8."
+    )
+    async_concurrency: int = setting(
+        64, limits=POSITIVE, on_resume=MAY_CHANGE, help="Answers that an async function scores at once in a process."
+    )
+    keep_special_tokens: bool = setting(
+        False, help="Leaves special tokens in the text that is scored, all but the one that ends the answer."
+    )
+    cut_answers: str = setting(
+        "score",
+        choices=CUT_ANSWERS,
+        help="What an answer that max_response_length cut is worth: what its text so far scores; 0; or mask, which "
+        "leaves it out of the update by an advantage of 0. Training only.",
+    )
+    overlong_buffer: int = setting(
+        0,
+        limits=NOT_NEGATIVE,
+        help="Tokens before max_response_length over which overlong_penalty rises from 0 (arXiv 2503.14476); 0: none.",
+    )
+    overlong_penalty: float = setting(
+        1.0, limits=NOT_NEGATIVE, help="What an answer of max_response_length tokens loses, with overlong_buffer > 0."
     )
     max_failure_share: float = setting(
         0.05,

@@ -25,7 +25,7 @@ from typing import Any
 
 from remax_megatron.rewards.sandbox.api import run_python
 from remax_megatron.rewards.sandbox.limits import Limits
-from remax_megatron.rewards.scoring import RewardError
+from remax_megatron.rewards.scorer import RewardError
 
 LIMITS = Limits()
 TOTAL_S = 8.0  # of one answer, over all its runs

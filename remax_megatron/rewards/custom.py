@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from remax_megatron.rewards.scoring import ASYNC, BATCH, ONE, RewardError, ScoreRequest, ScoreResult, as_result
+from remax_megatron.rewards.scorer import ASYNC, BATCH, ONE, RewardError, ScoreRequest, ScoreResult, as_result
 
 NEEDED = ("data_source", "solution_str", "ground_truth", "extra_info")
 OPTIONAL = ("prompt", "token_ids", "num_tokens", "finished")

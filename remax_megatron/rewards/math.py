@@ -14,7 +14,7 @@ import logging
 from typing import Any
 
 from remax_megatron.rewards.boxed import last_boxed
-from remax_megatron.rewards.scoring import RewardError
+from remax_megatron.rewards.scorer import RewardError
 
 
 def ground_truth(value: Any) -> str:

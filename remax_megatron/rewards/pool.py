@@ -35,7 +35,7 @@ from typing import Any
 
 from remax_megatron.errors import UserError
 from remax_megatron.rewards.sandbox.api import remove_folder
-from remax_megatron.rewards.scoring import ASYNC, BATCH, RewardError, ScoreRequest, ScoreResult
+from remax_megatron.rewards.scorer import ASYNC, BATCH, RewardError, ScoreRequest, ScoreResult
 from remax_megatron.rewards.worker import BOOTSTRAP, LOAD_S, Progress, Ready, Setup
 
 FAILURES = ("error", "timeout", "crash")

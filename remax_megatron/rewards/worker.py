@@ -27,16 +27,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from remax_megatron.rewards.scoring import (
-    ASYNC,
-    BATCH,
-    RewardError,
-    Scorer,
-    ScoreRequest,
-    ScoreResult,
-    built_in_rule,
-    load_scorer,
-)
+from remax_megatron.rewards.scorer import ASYNC, BATCH, RewardError, Scorer, ScoreRequest, ScoreResult
+from remax_megatron.rewards.scoring import built_in_rule, load_scorer
 
 BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "

@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from remax_megatron.phases import PhaseTimer
+from remax_megatron.rewards.length import LengthRules
 from remax_megatron.rewards.pool import RewardPool, check_failures
-from remax_megatron.rewards.scoring import ScoreRequest, ScoreResult
+from remax_megatron.rewards.scorer import ScoreRequest, ScoreResult
 from remax_megatron.rollout.engine import Engine
 from remax_megatron.types import Completion, Prompt, Rollout
 
@@ -19,9 +20,17 @@ T = TypeVar("T")
 class Collector:
     """Runs the engine and the scorer over a batch of prompts; its calls are collective over the world."""
 
-    def __init__(self, engine: Engine, pool: RewardPool | None, max_failure_share: float, timer: PhaseTimer):
-        """`pool` is needed on the ranks that lead a replica."""
+    def __init__(
+        self,
+        engine: Engine,
+        pool: RewardPool | None,
+        max_failure_share: float,
+        timer: PhaseTimer,
+        lengths: LengthRules | None = None,
+    ):
+        """`pool` is needed on the ranks that lead a replica; `lengths` change the rewards of rollouts."""
         self.engine, self.pool, self.max_failure_share, self.timer = engine, pool, max_failure_share, timer
+        self.lengths = lengths
 
     def rollouts(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
         """The answers to each prompt, scored, in the order of `prompts`, on every rank.
@@ -36,7 +45,10 @@ class Collector:
         with self.timer.phase("reward"):
             self._reward([(rollout.prompt, answer) for rollout in rollouts for answer in rollout.completions])
             gathered = self._gather(rollouts)
-            self.check_rewards([answer for rollout in gathered for answer in rollout.completions])
+            answers = [answer for rollout in gathered for answer in rollout.completions]
+            self.check_rewards(answers)
+            for answer in answers if self.lengths is not None else ():
+                self.lengths.apply(answer)
             return gathered
 
     def validation(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
@@ -66,10 +78,13 @@ class Collector:
             return
         assert self.pool is not None
         total = len(answers) * self.engine.num_replicas  # the shares of replicas differ by a prompt at most
-        requests = [ScoreRequest(p.data_source, a.text, p.ground_truth, p.extra_info) for p, a in answers]
+        requests = [
+            ScoreRequest(p.data_source, a.text, p.ground_truth, p.extra_info, p.turns, a.token_ids, a.finished)
+            for p, a in answers
+        ]
         results = self.pool.score(requests, max_failure_share=self.max_failure_share, num_answers=total)
         for (_, answer), result in zip(answers, results, strict=True):
-            answer.reward, answer.scores = result.score, result.extra
+            answer.reward, answer.scores, answer.notes = result.score, result.extra, result.texts
             answer.reward_outcome, answer.reward_message = result.outcome, result.message
 
     def _gather(self, mine: list[T]) -> list[T]:

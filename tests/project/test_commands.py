@@ -229,6 +229,7 @@ def test_the_readme_s_reward_and_row_are_taken(tmp_path):
     """The two snippets of `Your data and your reward`, by the project's own loaders."""
     from remax_megatron.data.dataset import load_prompts
     from remax_megatron.demo.warm_start import make_tokenizer
+    from remax_megatron.rewards.scorer import ScoreRequest, ScoreResult
     from remax_megatron.rewards.scoring import load_scorer
 
     text = (ROOT / "README.md").read_text()
@@ -237,5 +238,6 @@ def test_the_readme_s_reward_and_row_are_taken(tmp_path):
         (tmp_path / file).write_text(snippet)
     (prompt,) = load_prompts(tmp_path / "row.jsonl", make_tokenizer(), max_prompt_length=100)
     scorer = load_scorer(str(tmp_path / "reward.py"))
-    assert scorer(prompt.data_source, "It is 5.", prompt.ground_truth, prompt.extra_info) == (1.0, {})
-    assert scorer(prompt.data_source, "It is 6.", prompt.ground_truth, prompt.extra_info) == (0.0, {})
+    for answer, score in (("It is 5.", 1.0), ("It is 6.", 0.0)):
+        request = ScoreRequest(prompt.data_source, answer, prompt.ground_truth, prompt.extra_info)
+        assert scorer.score(request) == ScoreResult(score)

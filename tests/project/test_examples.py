@@ -12,6 +12,7 @@ import torch
 from remax_megatron.config.load import load_config
 from remax_megatron.config.rules import validate
 from remax_megatron.data.dataset import load_prompts
+from remax_megatron.rewards.scorer import ScoreRequest, ScoreResult
 from remax_megatron.rewards.scoring import load_scorer
 from tests import ROOT
 
@@ -37,7 +38,7 @@ def test_every_example_has_a_page_and_is_listed():
 )
 def test_own_reward(solution, score, right):
     scorer = load_scorer(str(EXAMPLES / "own_reward" / "reward.py"))
-    assert scorer("my_sums", solution, "5", {}) == (score, {"right": right})
+    assert scorer.score(ScoreRequest("my_sums", solution, "5")) == ScoreResult(score, extra={"right": right})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_own_reward(solution, score, right):
 )
 def test_format_reward(solution, reward):
     scorer = load_scorer(str(EXAMPLES / "smollm" / "format_reward.py"))
-    assert scorer("openai/gsm8k", solution, "12", {}) == (reward, {})
+    assert scorer.score(ScoreRequest("openai/gsm8k", solution, "12")) == ScoreResult(reward)
 
 
 def test_own_data(tmp_path):

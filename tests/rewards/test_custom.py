@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from remax_megatron.rewards.pool import RewardPool
-from remax_megatron.rewards.scoring import RewardError, ScoreRequest, ScoreResult, load_scorer
+from remax_megatron.rewards.scorer import RewardError, ScoreRequest, ScoreResult
+from remax_megatron.rewards.scoring import load_scorer
 
 TURNS = [{"role": "user", "content": "2 + 2"}]
 ASKED = ScoreRequest("mine", "abcd", {"a": 1}, {"index": 7}, TURNS, [5, 6, 2], finished=False)
@@ -114,8 +115,7 @@ def test_what_cannot_be_loaded_is_refused_before_the_first_answer(
 
 
 def test_an_error_names_file_and_line(tmp_path: Path) -> None:
-    code = "def inner():\n    return {}['x']\ndef compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
-    path = write(tmp_path, code + "    return inner()\n")
+    path = write(tmp_path, f"def inner():\n    return {{}}['x']\ndef compute_score({EACH}):\n    return inner()\n")
     result = scored(path, ASKED)[0]
     assert result.outcome == "error" and f"{path}:2: compute_score raised KeyError: 'x'; sample: " in result.message
 
@@ -200,9 +200,7 @@ def test_texts_and_numbers_beside_the_score(tmp_path: Path) -> None:
 
 
 def test_forty_answers_of_a_slow_judge_take_under_two_seconds(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, f"import asyncio\nasync def compute_score({EACH}):\n    await asyncio.sleep(0.5)\n    return 1"
-    )
+    path = write(tmp_path, f"import asyncio\nasync def compute_score({EACH}): return await asyncio.sleep(0.5, 1.0)")
     with RewardPool(1, 10.0, path=path) as pool:
         pool.load()
         began = time.monotonic()

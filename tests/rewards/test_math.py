@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from remax_megatron.data import math as math_data
-from remax_megatron.data.dataset import as_messages
+from remax_megatron.data.rows import as_messages
 from remax_megatron.rewards import math as math_rule
 from remax_megatron.rewards.boxed import last_boxed
 from remax_megatron.rewards.pool import RewardPool
-from remax_megatron.rewards.scoring import RewardError, ScoreRequest
+from remax_megatron.rewards.scorer import RewardError, ScoreRequest
 from tests import ROOT
 
 MATH = "DigitalLearningGmbH/MATH-lighteval"
@@ -77,7 +77,7 @@ def test_no_box_is_told_apart() -> None:
 
 def test_a_broken_math_verify_is_an_error_not_a_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     math_rule._check_math_verify.cache_clear()
-    monkeypatch.setattr(math_rule, "parse", lambda *_, **__: [])
+    monkeypatch.setattr("math_verify.parse", lambda *_, **__: [])
     with pytest.raises(RewardError, match="its installation is broken"):
         math_rule.score(r"\boxed{6}", "5")
 

@@ -21,7 +21,8 @@ from remax_megatron.rewards.pool import (
     check_failures,
     failure_counts,
 )
-from remax_megatron.rewards.scoring import RewardError, ScoreRequest, ScoreResult, check_data_sources
+from remax_megatron.rewards.scorer import RewardError, ScoreRequest, ScoreResult
+from remax_megatron.rewards.scoring import check_data_sources
 
 # What the answer says is what the scorer does.
 SCORER = """
@@ -156,7 +157,7 @@ def test_workers_die_with_the_parent(scorer: str, tmp_path: Path) -> None:
 import sys
 sys.path[:] = {sys.path!r}
 from remax_megatron.rewards.pool import RewardPool
-from remax_megatron.rewards.scoring import ScoreRequest
+from remax_megatron.rewards.scorer import ScoreRequest
 pool = RewardPool(2, 60.0, path={scorer!r})
 pool.score([ScoreRequest("mine", "fine", "1")] * 4)
 print(*[w.process.pid for w in pool._workers], flush=True)

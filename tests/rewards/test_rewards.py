@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from remax_megatron.rewards.gsm8k import extract_answer, strict_score
-from remax_megatron.rewards.scoring import RewardError, ScoreRequest, check_data_sources, load_scorer
+from remax_megatron.rewards.scorer import RewardError, ScoreRequest
+from remax_megatron.rewards.scoring import check_data_sources, load_scorer
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.sandbox import api, supervisor
 from remax_megatron.rewards.sandbox.api import CONFINEMENTS, Protections, SandboxError, available_protections
 from remax_megatron.rewards.sandbox.limits import Limits
-from remax_megatron.rewards.scoring import RewardError, ScoreRequest
+from remax_megatron.rewards.scorer import RewardError, ScoreRequest
 
 
 @pytest.fixture(scope="module", params=CONFINEMENTS)

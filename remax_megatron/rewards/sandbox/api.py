@@ -35,7 +35,7 @@ from remax_megatron.rewards.sandbox import landlock
 from remax_megatron.rewards.sandbox.limits import Limits
 from remax_megatron.rewards.sandbox.supervisor import SandboxedProcess, supervise
 from remax_megatron.rewards.sandbox.syscall_numbers import ARCHITECTURES
-from remax_megatron.rewards.scoring import RewardError
+from remax_megatron.rewards.scorer import RewardError
 
 CONFINEMENTS = ("namespaces", "landlock")
 
