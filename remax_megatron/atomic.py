@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from remax_megatron.errors import UserError
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -27,6 +29,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_for(setting: str, value: object) -> Iterator[None]:
+    """Turn an OSError of the block, a full disk say, into a UserError that names what the user set to `value`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{setting}={value} cannot be written ({error}); make room, allow writing, or set another folder"
+        ) from error
 
 
 @contextmanager

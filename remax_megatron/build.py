@@ -11,7 +11,7 @@ import torch
 
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.checkpoint.saver import Saver
-from remax_megatron.checkpoint.state import RunState, restore, restore_optimizer
+from remax_megatron.checkpoint.state import RunState, restore, restore_optimizer, reward_file_digest
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.schema import Config, needs_reference, recompute_of
 from remax_megatron.flops import UpdateFlops, peak_bf16_tflops
@@ -73,6 +73,7 @@ class Start:
 
 def build_trainer(start: Start) -> Trainer:
     """The training loop over all parts, in the state of the checkpoint where there is one."""
+    reward_file_digest(start.config.custom_reward_function.path)  # before a user edits the file
     layout = build_layout(start)
     writer = build_writer(start, layout.rank)
     learner, training_state = build_learner(start, layout)

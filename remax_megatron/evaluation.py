@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from remax_megatron.atomic import replacing
+from remax_megatron.atomic import replacing, written_for
 from remax_megatron.diagnostics import scoring_metrics
 from remax_megatron.rewards.boxed import last_boxed
 from remax_megatron.rewards.gsm8k import extract_answer
@@ -51,7 +51,7 @@ def validate(
         collector.check_rewards([answer for group in answers for answer in group])
     if dump_dir is not None:
         texts = collector.engine.tokenizer.batch_decode([list(prompt.token_ids) for prompt in prompts])
-        with replacing(Path(dump_dir) / f"{step}.jsonl") as path:
+        with written_for("trainer.validation_data_dir", dump_dir), replacing(Path(dump_dir) / f"{step}.jsonl") as path:
             path.write_text("".join(line + "\n" for line in dump_lines(step, prompts, texts, answers)))
     return validation_metrics(prompts, answers)
 
@@ -128,10 +128,12 @@ def dump_lines(
                 "answer": answer.text,
                 "reward": answer.reward,
                 "reward_outcome": answer.reward_outcome,
+                "scores": answer.scores,
+                "notes": answer.notes,
                 "finished": answer.finished,
                 "num_tokens": len(answer.token_ids),
             }
-            yield json.dumps(record)
+            yield json.dumps(record, default=str)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,6 +21,7 @@ from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.sandbox.api import available_protections
 from remax_megatron.rewards.scoring import built_in_ground_truth
+from remax_megatron.run_folder import refuse_inputs_inside
 from remax_megatron.types import Prompt
 from remax_megatron.weights.megatron_folder import open_weights
 
@@ -35,11 +36,17 @@ class Inputs:
     train_prompts: PromptDataset
     val_prompts: PromptDataset | None
 
+    @property
+    def notes(self) -> list[str]:
+        """Return what was read otherwise than it was written."""
+        return [*self.train_prompts.notes, *(self.val_prompts.notes if self.val_prompts else ())]
+
 
 def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
     """Find (or make, or download) model and data, and read them. UserError for whatever does not fit."""
     from transformers import AutoTokenizer
 
+    refuse_inputs_inside(config)
     folder = local_model_folder(config.actor_rollout_ref.model.path)
     open_weights(folder, facts)
     try:
@@ -84,6 +91,17 @@ def read_prompts(config: Config, tokenizer: Any, vocab_size: int) -> tuple[Promp
             f"data.train_files; set it to {len(train)} or less"
         )
     return train, load(data.val_files).at_most(data.val_max_samples) if data.val_files else None
+
+
+def summary(config: Config, inputs: Inputs) -> list[str]:
+    """Lines on what a run uses: rows of each source, lengths of prompts, the reward, the steps."""
+    steps = total_steps(config, len(inputs.train_prompts))
+    reward = config.custom_reward_function
+    own = f"{reward.path}, {reward.name}"
+    lines = [f"data.train_files: {inputs.train_prompts.summary()}: {steps} steps"]
+    if inputs.val_prompts is not None:
+        lines.append(f"data.val_files: {inputs.val_prompts.summary()}")
+    return [*lines, f"reward: {'the built-in rules of these sources' if reward.path is None else own}"]
 
 
 def check_rewards(config: Config, sources: set[str]) -> None:

@@ -4,7 +4,8 @@ Rank 0 writes: the caller reduces over ranks first, with each metric's own reduc
 docs/metrics.md, drawing is plots.py.
 `metrics.jsonl` holds one JSON object per line, `{"step": 3, "reward/mean": 0.5, ...}`, flushed line by line. JSON has
 no word for NaN and infinity: they are written as null. wandb and tensorboard get the value itself. wandb runs offline
-(files under the run's folder, `wandb sync` uploads them) unless WANDB_API_KEY or WANDB_MODE is set.
+(files under the run's folder, `wandb sync` uploads them) unless WANDB_MODE says otherwise, or there is a key: in
+WANDB_API_KEY, or in netrc by `wandb login`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ from __future__ import annotations
 import json
 import logging
 import math
+import netrc
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import ParseResult, urlparse
 
 from remax_megatron.atomic import replacing
 from remax_megatron.config.schema import LOGGERS
+from remax_megatron.errors import UserError
 
 log = logging.getLogger(__name__)
+
+WANDB_MODES = ("online", "offline", "disabled", "shared")
+WANDB_WAIT_S = 10.0  # for a first answer of its server
 
 
 class MetricsWriter:
@@ -157,13 +165,44 @@ def _start_wandb(run_dir: Path, project: str, experiment: str, config_yaml: str,
     from omegaconf import OmegaConf
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    mode: Any = _wandb_mode(wandb.Settings().base_url)
     config: Any = OmegaConf.to_container(OmegaConf.create(config_yaml))
     id_file = run_dir / "wandb-id"
     run_id = id_file.read_text().strip() if first_step > 0 and id_file.exists() else os.urandom(4).hex()
     id_file.write_text(run_id + "\n")
     where = {"project": project, "name": experiment, "dir": run_dir, "mode": mode}
-    return wandb.init(**where, config=config, id=run_id, resume="allow")
+    settings = wandb.Settings(init_timeout=WANDB_WAIT_S)
+    try:
+        if mode == "online":
+            _reach(urlparse(settings.base_url))
+        return wandb.init(**where, config=config, id=run_id, resume="allow", settings=settings)
+    except Exception as error:  # wandb raises its own errors, requests' and grpc's
+        raise UserError(
+            f"trainer.logger names wandb, which could not be started ({type(error).__name__}: {error}); set "
+            "WANDB_MODE=offline in the environment (`wandb sync` uploads later), or leave wandb out of trainer.logger"
+        ) from error
+
+
+def _wandb_mode(base_url: str) -> str:
+    """WANDB_MODE where it is set; else online with an API key, in the environment or by `wandb login` in netrc."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        if mode not in WANDB_MODES:
+            raise UserError(f"WANDB_MODE={mode} is none of wandb's modes; set it to one of {', '.join(WANDB_MODES)}")
+        return mode
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        logged_in = netrc.netrc(path).authenticators(urlparse(base_url).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        logged_in = False
+    return "online" if logged_in or os.environ.get("WANDB_API_KEY") else "offline"
+
+
+def _reach(server: ParseResult) -> None:
+    """OSError, soon, when there is no way to the server; a proxy is left to wandb, which would try for a minute."""
+    if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
+        port = server.port or (80 if server.scheme == "http" else 443)
+        socket.create_connection((server.hostname or "", port), timeout=WANDB_WAIT_S).close()
 
 
 def _start_tensorboard(run_dir: Path, config_yaml: str, first_step: int) -> Any:

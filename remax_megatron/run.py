@@ -49,7 +49,7 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         clean_up.enter_context(own_temporary_folder())
         with reported_errors():
             inputs = prepare_inputs(config, facts)
-        for note in notes if is_first else ():
+        for note in [*notes, *inputs.notes] if is_first else ():
             print("note:", note, flush=True)
         device = _join_ranks(config)
         clean_up.callback(cpu_platform.remove_own_shared_memory)
@@ -82,7 +82,7 @@ def _run(
     if trainer.collector.pool is not None:
         clean_up.callback(trainer.collector.pool.close)
     _train(trainer, inputs.model_folder)
-    return None
+    return trainer.learner.stalls.last_word()
 
 
 def _join_ranks(config: Config) -> torch.device:

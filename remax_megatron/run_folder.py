@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import torch.distributed as dist
 from filelock import BaseFileLock, FileLock, Timeout
 
-from remax_megatron.atomic import replacing
+from remax_megatron.atomic import replacing, written_for
 from remax_megatron.checkpoint.folders import iteration_folder, saved_steps, write_tracker
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.schema import Config, ConfigError, as_list
+from remax_megatron.config.setting import value_of
 from remax_megatron.metrics import truncate_metrics
 from remax_megatron.parallel.first_rank import from_first_rank
 
@@ -41,11 +43,33 @@ def lock_run_folder(config: Config) -> None:
     Collective; rank 0 holds the lock, and the system takes it back when the process ends. A file system without locks
     is left without.
     """
-    from_first_rank(lambda: _lock_folder(Path(config.trainer.default_local_dir)), ConfigError)
+    from_first_rank(lambda: _lock_folder(config), ConfigError)
 
 
-def _lock_folder(folder: Path) -> None:
+def refuse_inputs_inside(config: Config) -> None:
+    """ConfigError when an input lies among what an earlier run left in the folder, which a run moves aside."""
+    folder = Path(config.trainer.default_local_dir)
+    taken = [(folder / name).resolve() for name in (*RECORDS, "checkpoints")]
+    for key in ("actor_rollout_ref.model.path", "data.train_files", "data.val_files", "custom_reward_function.path"):
+        for path in as_list(value_of(config, key)):
+            for place in (Path(path).expanduser().resolve(), *Path(path).expanduser().resolve().parents):
+                if place in taken:
+                    raise ConfigError(
+                        f"{key}={path} lies in {place}, which a run in trainer.default_local_dir={folder} moves aside; "
+                        "set trainer.default_local_dir to another folder, or move the input out of it first"
+                    )
+
+
+def _lock_folder(config: Config) -> None:
+    """Take the lock; before that, see that the folders of records can be written."""
     global _lock
+    folder = Path(config.trainer.default_local_dir)
+    for key in ("trainer.rollout_data_dir", "trainer.validation_data_dir"):
+        if value_of(config, key) is not None:
+            with written_for(key, value_of(config, key)):
+                Path(value_of(config, key)).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=value_of(config, key)):
+                    pass
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "lock").touch()

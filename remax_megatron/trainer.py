@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from remax_megatron.atomic import replacing
+from remax_megatron.atomic import replacing, written_for
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.checkpoint.state import capture
 from remax_megatron.config.schema import Config
@@ -147,15 +147,18 @@ class Trainer:
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.writer is not None:
-            self.writer.log(step, metrics)
+            with written_for("trainer.default_local_dir", self.config.trainer.default_local_dir):
+                self.writer.log(step, metrics)
 
     def _dump(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """One JSON line per prompt, whole, in `trainer.rollout_data_dir`/STEP.jsonl."""
         folder = self.config.trainer.rollout_data_dir
         if self.writer is None or folder is None:
             return
-        with replacing(Path(folder) / f"{step}.jsonl") as path:
-            path.write_text("".join(json.dumps(asdict(rollout), default=str) + "\n" for rollout in rollouts))
+        texts = self.collector.engine.tokenizer.batch_decode([list(rollout.prompt.token_ids) for rollout in rollouts])
+        with written_for("trainer.rollout_data_dir", folder), replacing(Path(folder) / f"{step}.jsonl") as path:
+            records = ({**asdict(rollout), "text": text} for rollout, text in zip(rollouts, texts, strict=True))
+            path.write_text("".join(json.dumps(record, default=str) + "\n" for record in records))
 
 
 def _every(frequency: int, step: int) -> bool:

@@ -27,6 +27,7 @@ from remax_megatron.config.schema import Config, skips_zero_advantage
 from remax_megatron.flops import RowGroup
 from remax_megatron.guards import Guards, mismatch_limit
 from remax_megatron.phases import PhaseTimer
+from remax_megatron.stalls import Stalls
 from remax_megatron.types import Rollout, Row
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Learner:
         correction, actor = algorithm.rollout_correction, config.actor_rollout_ref.actor
         self._has_ratio = actor.policy_loss == "ppo_clip" or correction.rollout_is is not None
         rollout, dtype = config.actor_rollout_ref.rollout, actor.megatron.dtype
+        self.stalls = Stalls()
         self.guards = Guards(
             policy,
             Path(config.trainer.default_local_dir) / "guards",
@@ -81,12 +83,14 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know of the batches before, for JSON."""
-        return {"kl": self.kl.state_dict(), **self.guards.state_dict()}
+        return {"kl": self.kl.state_dict(), "stalls": self.stalls.state_dict(), **self.guards.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.kl.load_state_dict(state["kl"])
         self.guards.load_state_dict(state)
+        if "stalls" in state:  # checkpoints of earlier versions have none
+            self.stalls.load_state_dict(state["stalls"])
 
     def learn(self, rollouts: Sequence[Rollout], label: str, step: int = 0) -> LearnResult:
         """Take all optimizer steps of one rollout batch, the run's `step`. Collective; `label` begins the lines of the
@@ -114,6 +118,7 @@ class Learner:
             temperature = self.config.algorithm.reward_softmax_temperature
             metrics["advantage/effective_sample_size"] = effective_sample_size(rewards, temperature)
         metrics |= self.guards.metrics(updates) | _left_out(rows, trained, updates)
+        metrics |= self.stalls.observe(rollouts, sum(not update.skipped for update in updates))
         return LearnResult(rows, updates, packed, metrics)
 
     def _put_kl_in_reward(self, rows: list[Row]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from remax_megatron.checkpoint.folders import (
     iteration_folder,
     saved_steps,
 )
-from remax_megatron.checkpoint.state import STATE, CheckpointError, RunState, read_state
+from remax_megatron.checkpoint.state import STATE, CheckpointError, RunState, read_state, reward_file_digest
 from remax_megatron.config.schema import SETTINGS, Config
 from remax_megatron.config.setting import MUST_MATCH, value_of
 from remax_megatron.errors import UserError
@@ -68,6 +68,13 @@ def check_same_run(state: RunState, config: Config, train_prompts: str) -> None:
                 differing.append(f"{key} (was {saved}, is {now})")
     if state.train_prompts != train_prompts:
         differing.append(f"the prompts of data.train_files={config.data.train_files} (other ones, or in another order)")
+    own = config.custom_reward_function.path
+    if state.reward_file not in (None, reward_file_digest(own)) and own is not None:
+        log.warning(
+            "custom_reward_function.path=%s is not what it was at the checkpoint of step %d: rewards from here on are "
+            "those of the file as it is now",
+            *(own, state.step),
+        )
     if differing:
         raise CheckpointError(
             f"trainer.resume_mode={config.trainer.resume_mode}: the checkpoint of step {state.step} is of another run: "

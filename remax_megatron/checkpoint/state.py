@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,7 @@ class RunState:
     learner: dict[str, Any]
     train_prompts: str  # digest of the training prompts in their order
     config: dict[str, Any]
+    reward_file: str | None = None  # digest of custom_reward_function.path, as it was when the run started
     accuracy: float | None = None  # of the validation after `step`, when there was one
     format: int = field(default=FORMAT)
 
@@ -62,8 +65,18 @@ def capture(
         learner=learner.state_dict(),
         train_prompts=train_prompts,
         config=dataclasses.asdict(config),
+        reward_file=reward_file_digest(config.custom_reward_function.path),
         accuracy=accuracy,
     )
+
+
+@functools.cache
+def reward_file_digest(path: str | None) -> str | None:
+    """The sha-256 of the user's reward file, as it was at the first call; None without one, or when it is gone."""
+    try:
+        return None if path is None else hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def restore_optimizer(state: RunState, folder: Path, training_state: TrainingState) -> None:

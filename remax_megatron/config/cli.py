@@ -1,8 +1,9 @@
 """The command line of the trainer: what it takes, what it says, and how a wrong setting ends. Imports no torch.
 
-    python -m remax_megatron.config.cli [--config-name NAME] [--config-dir DIR] [--cfg job] [key=value ...]
+    python -m remax_megatron.config.cli [--config-name NAME] [--config-dir DIR] [--cfg job] [--data] [key=value ...]
 
-checks settings without starting anything (on a login node, say): it assumes as many ranks as the settings ask for.
+checks settings without starting anything (on a login node, say): it assumes as many ranks as the settings ask for. With
+--data it then reads the data and the reward as well, by `python -m remax_megatron.preflight`.
 The trainer's own entry, `python -m remax_megatron`, takes the same arguments and calls `parse`, then
 `load_and_validate`.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +38,7 @@ usage:
   torchrun --nproc-per-node RANKS -m remax_megatron [--config-name NAME] [--config-dir DIR] [key=value ...]
   python -m remax_megatron [--config-name NAME] --cfg job [key=value ...]     print the resolved settings, run nothing
   python -m remax_megatron.config.cli [--config-name NAME] [key=value ...]    check the settings, run nothing
+  python -m remax_megatron.config.cli --data [--config-name NAME] [key=value ...]      and every row of the data
   python -m remax_megatron.doctor [--config-name NAME] [key=value ...]        check the machine, too; see its docstring
 
 RANKS is trainer.n_gpus_per_node of the preset; with several nodes add torchrun's --nnodes and --rdzv-endpoint.
@@ -63,12 +66,13 @@ example:
 
 @dataclass(frozen=True)
 class CliRequest:
-    """What the user asked for; `print_config` is `--cfg job`."""
+    """What the user asked for; `print_config` is `--cfg job`, `check_data` is `--data`."""
 
     config_name: str
     config_dir: Path | None
     overrides: tuple[str, ...]
     print_config: bool = False
+    check_data: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,13 +87,15 @@ def parse(argv: Sequence[str]) -> CliRequest:
     parser.add_argument("-cn", "--config-name", default="demo")
     parser.add_argument("-cd", "--config-dir", type=Path)
     parser.add_argument("-c", "--cfg", choices=["job"])
+    parser.add_argument("--data", action="store_true")
     parser.add_argument("overrides", nargs="*")
     with reported_errors():
         options = parser.parse_intermixed_args(argv)
     if options.help:
         print(help_text(options.config_dir))
         raise SystemExit(0)
-    return CliRequest(options.config_name, options.config_dir, tuple(options.overrides), options.cfg == "job")
+    overrides = tuple(options.overrides)
+    return CliRequest(options.config_name, options.config_dir, overrides, options.cfg == "job", options.data)
 
 
 def load_and_validate(request: CliRequest, world_size: int | None) -> tuple[Config, ModelFacts, list[str]]:
@@ -139,7 +145,10 @@ def help_text(config_dir: Path | None = None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the settings and say what they come to."""
-    request = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    request = parse(argv)
+    if request.check_data:
+        return subprocess.call([sys.executable, "-m", "remax_megatron.preflight", *argv])
     config, facts, notes = load_and_validate(request, None)
     for note in notes:
         print("note:", note)

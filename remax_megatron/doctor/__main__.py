@@ -31,7 +31,9 @@ from remax_megatron.doctor import machine, reachability, stack
 from remax_megatron.doctor.findings import OK, PROBLEM, SETTINGS, WARNING, Finding, show
 from remax_megatron.environment import QUIET, check_attention
 from remax_megatron.errors import UserError
+from remax_megatron.inputs import prepare_inputs, summary
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.temporary import own_temporary_folder
 
 QUIETER = QUIET | {"TORCH_CPP_LOG_LEVEL": "FATAL"}  # an unreachable store is a finding, not a C++ stack
 
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         findings += [*stack.versions(run.on_cpu), *stack.conflicts(), *broken, *stack.transformer_engine_loads()]
         findings += [finding for check in machine.CHECKS if not broken for finding in check(run)]  # they need torch
+        findings += data(config, facts) if facts is not None and not broken else []
     else:
         findings = broken
     headline = f"remax_megatron.doctor: {request.config_name}, {world_size} ranks, {socket.gethostname()}"
@@ -94,6 +97,18 @@ def settings(config: Config, world_size: int, notes: Sequence[str], findings: li
         return None
     findings.append(Finding(SETTINGS, OK, "; ".join([f"valid for {world_size} ranks and {path} ({what})", *notes])))
     return facts
+
+
+def data(config: Config, facts: ModelFacts) -> list[Finding]:
+    """What a run would read, looked at whole: the tokenizer, every row of the data, the reward. No network."""
+    if not Path(config.actor_rollout_ref.model.path).expanduser().is_dir():
+        return [Finding("data", WARNING, "not read: the model is not in a local folder", "`hf download` it first")]
+    try:
+        with own_temporary_folder():
+            inputs = prepare_inputs(config, facts)
+    except UserError as error:
+        return [Finding("data", PROBLEM, str(error).replace("\n", ";"), "see docs/data.md for what a row needs")]
+    return [Finding("data", OK, "; ".join([*summary(config, inputs), *inputs.notes]))]
 
 
 if __name__ == "__main__":

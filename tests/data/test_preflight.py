@@ -101,15 +101,8 @@ def test_values_reach_a_scorer_of_ones_own_as_they_are(tmp_path: Path, tokenizer
     assert [prompt.ground_truth for prompt in found] == truths
     assert found[0].turns == TURNS
     kind = pa.struct([("ground_truth", pa.decimal128(5, 2))])
-    table = pa.table(
-        {
-            "data_source": ["mine"],
-            "prompt": ["Anna has 2 apples."],
-            "reward_model": pa.array(
-                [{"ground_truth": Decimal("1.10")}], pa.struct([("ground_truth", pa.decimal128(5, 2))])
-            ),
-        }
-    )
+    truth = pa.array([{"ground_truth": Decimal("1.10")}], kind)
+    table = pa.table({"data_source": ["mine"], "prompt": ["Anna has 2 apples."], "reward_model": truth})
     pq.write_table(table, tmp_path / "a.parquet")
     assert load(tmp_path / "a.parquet", tokenizer)[0].ground_truth == Decimal("1.10")
 
@@ -257,7 +250,10 @@ def test_a_turn_of_the_assistant_is_continued(tmp_path: Path, tokenizer) -> None
     path = jsonl(tmp_path / "a.jsonl", row(begun), row())
     own = tokenizer.chat_template
     try:
-        tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
+        )
         texts = [tokenizer.decode(p.token_ids) for p in load(path, tokenizer, continue_final_message=True)]
         new_turn = [tokenizer.decode(p.token_ids) for p in load(path, tokenizer)]
     finally:

@@ -74,6 +74,7 @@ def test_rows_without_advantage_are_left_out_but_counted() -> None:
         "batch/shared_token_share": 0.0,
         "guard/nonfinite_updates": 0,
         "guard/nonfinite_in_a_row": 0,
+        **{f"stall/{kind}": 0 for kind in ("equal_rewards", "cut_answers", "same_samples", "no_update")},
     }
     assert len(learned.rows) == 4
 

@@ -33,9 +33,11 @@ MODULES = {
     "phases": "instruments",
     "plots": "instruments",
     "profiling": "instruments",
+    "stalls": "instruments",
     "environment": "start",
     "run_folder": "start",
     "inputs": "start",
+    "temporary": "start",
 }
 
 # Room -> the rooms that it may import, the lowest first. A room names only rooms above its own line, so there is no

@@ -181,6 +181,8 @@ def test_answers_are_written_one_per_line_and_whole(tmp_path) -> None:
         "data_source": "a",
         "ground_truth": "4",
         "answer": "",
+        "scores": {},
+        "notes": {},
         "reward_outcome": "ok",
         "reward": 0.0,
         "finished": False,

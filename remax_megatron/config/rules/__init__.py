@@ -13,6 +13,7 @@ from typing import Any
 from remax_megatron.config.rules.registry import MODEL_RULES, REMARKS, RULES, Setup
 from remax_megatron.config.schema import Config, ConfigError, as_list
 from remax_megatron.config.setting import value_of
+from remax_megatron.data_files import SUFFIXES, data_files
 from remax_megatron.model_facts import ModelFacts
 
 # Each module registers its rules when it is imported, and the order of these imports is the order of the checks.
@@ -25,8 +26,6 @@ from remax_megatron.config.rules import model_fit  # noqa: F401
 from remax_megatron.config.rules import remarks  # noqa: F401
 
 # isort: on
-
-DATA_SUFFIXES = (".parquet", ".json", ".jsonl")
 
 
 def validate(config: Config, world_size: int, model: ModelFacts | None) -> list[str]:
@@ -60,16 +59,18 @@ def validate_files(config: Config) -> None:
         )
 
 
-def _validate_data_file(key: str, file: Any, prepare_command: str | None) -> None:
-    if not isinstance(file, str) or not file:
-        raise ConfigError(f"{key} holds {file!r}; set it to a path or a list of paths")
-    path = Path(file).expanduser()
-    if path.suffix not in DATA_SUFFIXES:
-        raise ConfigError(
-            f"{key}={file} has an unknown suffix {path.suffix!r}; set it to a file of {', '.join(DATA_SUFFIXES)}"
-        )
-    if not path.is_file():
-        fix = "set it to an existing one (GSM8K is written by: python -m remax_megatron.data.gsm8k --local_dir DIR)"
-        if prepare_command is not None:
-            fix = f"set it to an existing one, or make the preset's own with: {prepare_command}"
-        raise ConfigError(f"{key}={file}: there is no such file; {fix}")
+def _validate_data_file(key: str, named: Any, prepare_command: str | None) -> None:
+    if not isinstance(named, str) or not named:
+        raise ConfigError(f"{key} holds {named!r}; set it to a path or a list of paths")
+    kinds = ", ".join(SUFFIXES)
+    files = data_files(named)
+    if not files:
+        raise ConfigError(f"{key}={named} holds no file of {kinds}; set it to a file, a folder or a pattern of them")
+    for file in files:
+        if file.suffix not in SUFFIXES:
+            raise ConfigError(f"{key}={named} has an unknown suffix {file.suffix!r}; set it to a file of {kinds}")
+        if not file.is_file():
+            fix = "set it to an existing one (GSM8K is written by: python -m remax_megatron.data.gsm8k --local_dir DIR)"
+            if prepare_command is not None:
+                fix = f"set it to an existing one, or make the preset's own with: {prepare_command}"
+            raise ConfigError(f"{key}={named}: there is no such file; {fix}")
