@@ -67,14 +67,14 @@ class Stalls:
         if not self.num_steps:
             return "No step was taken: the policy is what it was."
         ended_in = [
-            f"in the last {count} step(s) {KINDS[kind]}"
+            f"in the last {count} steps {KINDS[kind]}"
             for kind, count in self.in_a_row.items()
             if count >= min(PATIENCE, self.num_steps)
         ]
         causes = f": {'; '.join(ended_in)}" if ended_in else ""
         if not self.num_updates:
-            return f"NOTHING WAS LEARNED in {self.num_steps} step(s), the policy is what it was{causes}."
-        return f"{self.num_steps} step(s), {self.num_updates} update(s){causes}."
+            return f"NOTHING WAS LEARNED in {self.num_steps} steps, the policy is what it was{causes}."
+        return f"{self.num_steps} steps, {self.num_updates} updates{causes}."
 
 
 def _are_the_same(answers: Sequence[Completion]) -> bool:

@@ -107,7 +107,9 @@ def data(config: Config, facts: ModelFacts) -> list[Finding]:
         with own_temporary_folder():
             inputs = prepare_inputs(config, facts)
     except UserError as error:
-        return [Finding("data", PROBLEM, str(error).replace("\n", ";"), "see docs/data.md for what a row needs")]
+        return [
+            Finding("data", PROBLEM, str(error).replace("\n", ";"), "see docs/data_and_rewards.md for what a row needs")
+        ]
     return [Finding("data", OK, "; ".join([*summary(config, inputs), *inputs.notes]))]
 
 

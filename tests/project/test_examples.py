@@ -12,6 +12,7 @@ import torch
 from remax_megatron.config.load import load_config
 from remax_megatron.config.rules import validate
 from remax_megatron.data.dataset import load_prompts
+from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.scorer import ScoreRequest, ScoreResult
 from remax_megatron.rewards.scoring import load_scorer
 from tests import ROOT
@@ -47,6 +48,23 @@ def test_own_reward(solution, score, right):
 def test_format_reward(solution, reward):
     scorer = load_scorer(str(EXAMPLES / "smollm" / "format_reward.py"))
     assert scorer.score(ScoreRequest("openai/gsm8k", solution, "12")) == ScoreResult(reward)
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "scores"),
+    [
+        ("async_judge", {"kwargs": {"seconds": 0.1}}, (1.0, 0.0)),
+        ("class_judge", {"name": "Judge", "kwargs": {"partial": 0.5}}, (1.0, 0.5)),
+    ],
+)
+def test_judges(file, settings, scores):
+    turns = [{"role": "user", "content": "9 - 4?"}]
+    answers = [ScoreRequest("sums", f"#### {n}", 5, prompt=turns) for n in (5, 6)]
+    with RewardPool(1, 10.0, path=str(EXAMPLES / "judges" / f"{file}.py"), **settings) as pool:
+        results = pool.score(answers)
+    assert tuple(result.score for result in results) == scores
+    if file == "async_judge":
+        assert [result.texts for result in results] == [{"why": "right"}, {"why": "wrong"}]
 
 
 def test_own_data(tmp_path):

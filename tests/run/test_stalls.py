@@ -48,11 +48,11 @@ def test_the_last_line_of_short_and_good_runs() -> None:
     assert Stalls().last_word() == "No step was taken: the policy is what it was."
     stalls = Stalls()
     assert set(stalls.observe(LEARNS, 2).values()) == {0}
-    assert stalls.last_word() == "1 step(s), 2 update(s)."
+    assert stalls.last_word() == "1 steps, 2 updates."
     stalls = Stalls()
     stalls.observe(batch((0.0, 0.0)), 0)
     assert stalls.last_word().startswith(
-        "NOTHING WAS LEARNED in 1 step(s), the policy is what it was: in the last 1 step(s) every reward was equal"
+        "NOTHING WAS LEARNED in 1 steps, the policy is what it was: in the last 1 steps every reward was equal"
     )
 
 
