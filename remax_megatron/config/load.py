@@ -21,16 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from remax_megatron.config.as_written import compose_preset, parse_override, value_as_written
 from remax_megatron.config.schema import ACTOR, SETTINGS, Config, ConfigError
 from remax_megatron.config.setting import set_value, type_words, value_of
-
-HYDRA_VERSION = "1.3"
 
 
 @dataclass(frozen=True)
@@ -112,9 +109,7 @@ def _read_preset(name: str, folder: Path) -> dict[str, Any]:
         names = ", ".join(list_presets(folder)) or "none"
         raise ConfigError(f"there is no preset {name!r} in {folder}; set --config-name to one of: {names}")
     try:
-        with initialize_config_dir(str(folder), version_base=HYDRA_VERSION):
-            # Presets of other folders may build on the shipped ones.
-            composed = compose(name, overrides=[f"hydra.searchpath=['file://{presets_dir()}']"])
+        composed = compose_preset(name, (folder, presets_dir()))  # presets of others may build on the shipped ones
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"the preset {name} in {folder} cannot be read: {_first_line(error)}") from error
     tree = OmegaConf.to_container(composed, resolve=False)
@@ -188,17 +183,16 @@ def _merged(below: DictConfig, above: dict[str, Any], where: str = "") -> DictCo
 
 def _read_override(text: str) -> dict[str, Any]:
     """What the override `text` sets, as nested dicts whose keys are all known."""
-    parser = OverridesParser.create()
     try:
         try:
-            override = parser.parse_override(text)
+            override = parse_override(text)
         except HydraException:
             # A bare path with ~ or = in it, which Hydra wants quoted.
             key, _, value = text.partition("=")
             if not re.fullmatch(r"[\w./~=:@%+-]+", value):
                 raise
             text = f"{key}='{value}'"
-            override = parser.parse_override(text)
+            override = parse_override(text)
     except HydraException as error:
         raise ConfigError(
             f"the override {text!r} cannot be read; write key=value, with special characters quoted: key='\"value\"'"
@@ -214,10 +208,11 @@ def _read_override(text: str) -> dict[str, Any]:
         raise ConfigError(
             f"the override {text!r} names a config group or package, which is not offered; write key=value"
         )
-    tree = _checked(_nest({key: override.value()}), "")
+    value = value_as_written(override)
+    tree = _checked(_nest({key: value}), "")
     if not tree:
         raise _not_a_value(key, None, "")
-    if override.value() == MISSING:  # which a merge would leave out without a word
+    if value == MISSING:  # which a merge would leave out without a word
         raise _not_set(key)
     return tree
 

@@ -69,6 +69,11 @@ class Setting:
     kind: Any = None  # the field's type
     default: Any = None  # OmegaConf's MISSING for a setting that has to be given
 
+    @property
+    def is_text(self) -> bool:
+        """Whether its value, or each item of it, is a text."""
+        return self.path or self.kind is str or str in typing.get_args(self.kind)
+
 
 def setting(
     default: Any,
