@@ -198,6 +198,17 @@ def test_mini_batches_and_epochs_are_optimizer_steps_on_kept_logprobs(torchrun, 
         assert record["actor/approx_kl"] != 0.0  # three of the four ratios are not 1
 
 
+def test_validation_alone_trains_and_exports_nothing(torchrun, first_run, demo_policy, tmp_path):
+    run_dir, val_only = tmp_path / "run", "trainer.val_only=True"
+    finished = torchrun(2, [*overrides(demo_policy, run_dir, 1, 1, 1), val_only])
+    assert finished.code == 0, finished.output
+    assert "Validated after step 0: with trainer.val_only=True nothing is trained or exported." in finished.output
+    (record,) = read_metrics(run_dir / "metrics.jsonl")
+    before = read_metrics(first_run / "metrics.jsonl")[0]  # the first run's validation before its first step
+    assert record["step"] == record["epoch"] == 0 and record["val/accuracy"] == before["val/accuracy"]
+    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "lock", "metrics.jsonl", "validation"}
+
+
 def test_kl_terms_shared_prompts_and_importance_weights_in_one_run(torchrun, demo_policy, tmp_path):
     extra = [
         "actor_rollout_ref.actor.skip_zero_advantage=null",
