@@ -228,7 +228,7 @@ def test_overrides_as_hydra_users_write_them():
         ("trainer.total_epoch", "trainer.total_epochs"),
         ("temperatur", f"{ROLLOUT}.temperature"),
         (f"{MEGATRON}.tensor_parallel_size", f"{MEGATRON}.tensor_model_parallel_size"),
-        ("critic.optim.lr", f"{ACTOR}.optim.lr"),
+        ("optim.lr", f"{ACTOR}.optim.lr"),
         ("ref.fsdp_config.param_offload", "actor_rollout_ref.ref.fsdp_config.param_offload"),
     ],
 )
@@ -278,7 +278,7 @@ def test_unreadable_override_is_one_clear_error(override, words):
         ("trainer.sed: 1", ["unknown setting trainer.sed", "trainer.seed"]),
         ("trainer: {seed: abc}", ["trainer.seed='abc' (in the preset mine)", "an integer"]),
         ("trainer: 3", ["trainer=3", "group of settings"]),
-        ("critic: {optim: {lr: 1}}", ["unknown setting critic.optim.lr", "actor.optim.lr"]),
+        ("optim: {lr: 1}", ["unknown setting optim.lr", "actor.optim.lr"]),
     ],
 )
 def test_wrong_preset_is_one_clear_error(tmp_path, text, words):
