@@ -22,7 +22,7 @@ from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.schema import Config, ConfigError, as_list
 from remax_megatron.console import set_up_logging
 from remax_megatron.guards import MismatchError, NonFiniteError
-from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, total_steps
+from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, steps_out_of_reach, total_steps
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import explained, record_history
 from remax_megatron.parallel import cpu_platform, watchdog
@@ -49,6 +49,7 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         clean_up.enter_context(own_temporary_folder())
         with reported_errors():
             inputs = prepare_inputs(config, facts)
+        notes = notes + steps_out_of_reach(config, len(inputs.train_prompts))
         for note in notes if is_first else ():
             print("note:", note, flush=True)
         device = _join_ranks(config)
