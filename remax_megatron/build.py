@@ -15,7 +15,7 @@ from remax_megatron.checkpoint.state import RunState, restore, restore_optimizer
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.schema import Config, needs_reference, recompute_of
 from remax_megatron.flops import UpdateFlops, peak_bf16_tflops
-from remax_megatron.inputs import Inputs, reward_pool
+from remax_megatron.inputs import Inputs, reward_pool, total_steps
 from remax_megatron.memory_probe import memory_probe
 from remax_megatron.metrics import MetricsWriter
 from remax_megatron.model_facts import ModelFacts
@@ -69,6 +69,13 @@ class Start:
     def step(self) -> int:
         """Finished steps."""
         return self.checkpoint[1].step if self.checkpoint else 0
+
+    @property
+    def total_updates(self) -> int:
+        """Optimizer steps of the whole run, if none is left out."""
+        data, actor = self.config.data, self.config.actor_rollout_ref.actor
+        per_batch = data.train_batch_size // (actor.ppo_mini_batch_size or data.train_batch_size) * actor.ppo_epochs
+        return total_steps(self.config, len(self.inputs.train_prompts)) * per_batch
 
 
 def build_trainer(start: Start) -> Trainer:
@@ -131,7 +138,7 @@ def build_learner(start: Start, layout: Layout) -> tuple[Learner, TrainingState]
     """The policy with the checkpoint's weights and optimizer, or the model's weights, and what learns with it; the
     reference policy has the model's weights always."""
     config, model = start.config, start.inputs.model_folder
-    settings = PolicySettings.of(config)
+    settings = PolicySettings.of(config, start.total_updates)
     folder = start.checkpoint[0] if start.checkpoint else model
     policy = Policy(start.facts, layout, settings, str(folder), start.timer)
     reference = None

@@ -181,6 +181,19 @@ def total_steps(config: Config, num_prompts: int) -> int:
     return steps if limit is None else min(steps, limit)
 
 
+def steps_out_of_reach(config: Config, num_prompts: int) -> list[str]:
+    """A note when trainer.total_training_steps asks for more than the epochs over `num_prompts` prompts give."""
+    trainer, per_epoch = config.trainer, num_prompts // config.data.train_batch_size
+    asked, steps = trainer.total_training_steps, total_steps(config, num_prompts)
+    if asked is None or asked <= steps:
+        return []
+    return [
+        f"trainer.total_training_steps={asked} has no effect: trainer.total_epochs={trainer.total_epochs} of "
+        f"{per_epoch} step(s) each give {steps} ({num_prompts} prompts, data.train_batch_size="
+        f"{config.data.train_batch_size}); for {asked} set trainer.total_epochs={-(-asked // per_epoch)}"
+    ]
+
+
 def check_ranks_agree(config: Config, inputs: Inputs) -> str:
     """The digest of the training prompts. ConfigError, on every rank, when ranks would train on other settings or
     prompts than rank 0. Collective."""

@@ -22,7 +22,7 @@ from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.schema import Config, ConfigError, as_list
 from remax_megatron.console import set_up_logging
 from remax_megatron.guards import MismatchError, NonFiniteError
-from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, total_steps
+from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, steps_out_of_reach, total_steps
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import explained, record_history
 from remax_megatron.parallel import cpu_platform, watchdog
@@ -49,7 +49,8 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
         clean_up.enter_context(own_temporary_folder())
         with reported_errors():
             inputs = prepare_inputs(config, facts)
-        for note in [*notes, *inputs.notes] if is_first else ():
+        notes = [*notes, *inputs.notes, *steps_out_of_reach(config, len(inputs.train_prompts))]
+        for note in notes if is_first else ():
             print("note:", note, flush=True)
         device = _join_ranks(config)
         clean_up.callback(cpu_platform.remove_own_shared_memory)
@@ -63,7 +64,7 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
 def _run(
     config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, timer: PhaseTimer, clean_up: ExitStack
 ) -> str | None:
-    """Resume or start, train and export; returns a last word for people.
+    """Resume or start, train and export, or validate alone; returns a last word.
 
     `inputs` and `facts` are those of `config`, `device` is this rank's, `timer` times the phases, and `clean_up` is
     closed however the run ends. Collective.
@@ -81,6 +82,8 @@ def _run(
     trainer = build_trainer(Start(config, facts, inputs, digest, checkpoint, device, timer))
     if trainer.collector.pool is not None:
         clean_up.callback(trainer.collector.pool.close)
+    if config.trainer.val_only:
+        return _validate(trainer)
     _train(trainer, inputs.model_folder)
     return trainer.learner.stalls.last_word()
 
@@ -97,7 +100,8 @@ def _join_ranks(config: Config) -> torch.device:
 def _is_complete(config: Config, inputs: Inputs, state: RunState) -> bool:
     """Whether nothing is left to do after `state`. Collective."""
     all_steps = state.step >= total_steps(config, len(inputs.train_prompts))
-    return config.trainer.resume_mode == "auto" and all_steps and _is_exported(config)
+    asks = config.trainer.resume_mode == "auto" and not config.trainer.val_only
+    return asks and all_steps and _is_exported(config)
 
 
 def _train(trainer: Trainer, model_folder: str) -> None:
@@ -112,6 +116,17 @@ def _train(trainer: Trainer, model_folder: str) -> None:
         raise
     if finished:
         _export(trainer, model_folder)
+    _close(trainer)
+
+
+def _validate(trainer: Trainer) -> str:
+    """Validate alone; returns a last word for people. Collective."""
+    step = trainer.validate_only()
+    _close(trainer)
+    return f"Validated after step {step}: with trainer.val_only=True nothing is trained or exported."
+
+
+def _close(trainer: Trainer) -> None:
     trainer.collector.close()
     if trainer.writer is not None:
         trainer.writer.close()

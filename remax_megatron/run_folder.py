@@ -97,6 +97,7 @@ def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
     If the checkpoint is of this folder, records of later steps are removed, because they will be made again;
     checkpoints newer than the resumed step move to previous-N/, with a copy of metrics.jsonl, and so does the result of
     a shorter run. Otherwise all that an earlier run left moves there.
+    With trainer.val_only a folder whose checkpoint is validated stays as it is.
     ConfigError when the folder cannot be written.
     """
     folder, checkpoints = Path(config.trainer.default_local_dir), checkpoints_folder(config)
@@ -105,6 +106,8 @@ def start_run_folder(config: Config, resumed: tuple[Path, int] | None) -> Path:
         for leftover in (*folder.glob(".hf.*.tmp"), *folder.glob(".hf.*.old")):  # of an export that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         if resumed is not None and resumed[0].resolve().parent == checkpoints.resolve():
+            if config.trainer.val_only:
+                return folder
             step, records = resumed[1], folder / "metrics.jsonl"
             later = [iteration_folder(checkpoints, other) for other in saved_steps(checkpoints) if other > step]
             aside = _move_aside(folder, [*later, folder / "hf"])

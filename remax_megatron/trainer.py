@@ -78,6 +78,14 @@ class Trainer:
             self.saver.finish()
         return True
 
+    def validate_only(self) -> int:
+        """Validate the policy as it is and write the metrics down; collective over the world. Returns its step."""
+        sync = self.bridge.sync()
+        epoch = -(-self.start_step // self.steps_per_epoch)
+        validation = self._validate(self.start_step, due=True)
+        self._log(self.start_step, {"epoch": epoch, **sync_metrics(sync), **validation})
+        return self.start_step
+
     # -- batches ---------------------------------------------------------------------------------------------------
 
     @property

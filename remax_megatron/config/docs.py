@@ -1,4 +1,6 @@
-"""Writes docs/settings.md, the table of all settings, from the facts that the schema declares. Imports no torch.
+"""Writes docs/settings.md, the table of all settings, from the facts that the schema declares, and that of verl's keys.
+
+Imports no torch.
 
 python -m remax_megatron.config.docs [FILE]       default: docs/settings.md of the repository
 """
@@ -12,6 +14,7 @@ from typing import Any
 
 from remax_megatron.config.schema import SETTINGS, Config
 from remax_megatron.config.setting import Setting, type_words, value_of
+from remax_megatron.config.verl import TABLE
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 HEAD = """\
@@ -27,6 +30,18 @@ A setting is written `key=value` on the command line, or in a preset (YAML, see 
   checks them without a run.
 - **on resume**: whether the value `may change` when a run is resumed from a checkpoint, or `must match` the value that
   the run was started with, because it says what is computed.
+
+Keys of verl that are not among them are at the end, under [Coming from verl](#coming-from-verl).
+"""
+VERL = """\
+## Coming from verl
+
+Settings have verl's names, and these are verl's keys that are not here: one is read as another, has no effect, or is
+refused. The first two say so in a note when the run starts; a key ending in `.*` stands for all below it.
+
+Three settings of the same name mean something else: `lr_warmup_steps` and `lr_decay_steps` of
+`actor_rollout_ref.actor.optim` count optimizer steps, not batches; `trainer.logger` leaves `file` out, because
+`metrics.jsonl` is always written; and `actor_rollout_ref.actor.use_dynamic_bsz` is on unless it is set to False.
 """
 
 
@@ -35,7 +50,7 @@ def page() -> str:
     groups: dict[str, list[Setting]] = {}
     for setting in SETTINGS.values():
         groups.setdefault(setting.key.rpartition(".")[0], []).append(setting)
-    return "\n".join([HEAD, *(_section(name, settings) for name, settings in groups.items())])
+    return "\n".join([HEAD, *(_section(name, settings) for name, settings in groups.items()), VERL, _verl_table()])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +67,11 @@ def _section(name: str, settings: list[Setting]) -> str:
     head = _row(["setting", "default", "what it does", "legal", "on resume"])
     rows = [_row([f"`{_name(s)}`", _default(s), s.help, _legal(s), s.on_resume or ""]) for s in settings]
     return "\n".join([f"## `{name}`", "", about, "", head, _row(["---"] * 5), *rows, ""])
+
+
+def _verl_table() -> str:
+    rows = [_row([", ".join(f"`{key}`" for key in keys), fate.words]) for keys, fate in TABLE.items()]
+    return "\n".join([_row(["verl's key", "here"]), _row(["---"] * 2), *rows, ""])
 
 
 def _name(setting: Setting) -> str:

@@ -7,7 +7,8 @@ Presets hold nested or dotted keys and may build on each other with a Hydra defa
 names the type. `+key=value` and `++key=value` set a key as `key=value` does, since every key exists. Below a setting
 that holds a mapping any key is legal; a mapping given as a whole is merged, name by name, with what presets and earlier
 overrides put there, and null empties it. What Hydra offers beside that (sweeps, config groups, deletion, the `hydra.*`
-keys) is refused. The rules that settings have to keep are in `rules`.
+keys) is refused. verl's keys that are none here are read as others, noted or refused, as the table in `verl` says.
+The rules that settings have to keep are in `rules`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from remax_megatron.config.as_written import compose_preset, parse_override, value_as_written
 from remax_megatron.config.schema import ACTOR, SETTINGS, Config, ConfigError
 from remax_megatron.config.setting import set_value, type_words, value_of
-
-HYDRA_VERSION = "1.3"
+from remax_megatron.config.verl import Translated, translate
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,11 @@ def load_config(
     ConfigError: no such preset, an unreadable one, an unknown key, a value of a wrong type, or a required key not set.
     """
     preset = _read_preset(config_name, Path(config_dir) if config_dir else presets_dir())
-    composed = _merged(OmegaConf.structured(Config), preset, f" (in the preset {config_name})")
-    trees = [_read_override(text) for text in overrides]
-    for tree in trees:
-        composed = _merged(composed, tree)
+    composed = _merged(OmegaConf.structured(Config), preset.tree, f" (in the preset {config_name})")
+    given = [_read_override(text) for text in overrides]
+    _check_said_once(given)
+    for override in given:
+        composed = _merged(composed, override.tree)
     _check_required(composed)
     try:
         config = OmegaConf.to_object(composed)
@@ -62,7 +62,8 @@ def load_config(
             f"{key}: the interpolation cannot be resolved ({_first_line(error)}); write the value itself"
         ) from error
     assert isinstance(config, Config)
-    return LoadedConfig(config, _settle(config, {key for tree in trees for key in _dotted(tree)}))
+    notes = [note for part in (preset, *given) for note in part.notes]
+    return LoadedConfig(config, notes + _settle(config, {key for part in given for key in _dotted(part.tree)}))
 
 
 def to_yaml(config: Config) -> str:
@@ -102,7 +103,7 @@ def nearest_keys(key: str) -> list[str]:
 # Presets -------------------------------------------------------------------------------------------------------------
 
 
-def _read_preset(name: str, folder: Path) -> dict[str, Any]:
+def _read_preset(name: str, folder: Path) -> Translated:
     """The preset with its defaults list composed, as nested dicts whose keys are all known."""
     folder = folder.expanduser().resolve()
     name = name.removesuffix(".yaml")
@@ -112,14 +113,12 @@ def _read_preset(name: str, folder: Path) -> dict[str, Any]:
         names = ", ".join(list_presets(folder)) or "none"
         raise ConfigError(f"there is no preset {name!r} in {folder}; set --config-name to one of: {names}")
     try:
-        with initialize_config_dir(str(folder), version_base=HYDRA_VERSION):
-            # Presets of other folders may build on the shipped ones.
-            composed = compose(name, overrides=[f"hydra.searchpath=['file://{presets_dir()}']"])
+        composed = compose_preset(name, (folder, presets_dir()))  # presets of others may build on the shipped ones
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"the preset {name} in {folder} cannot be read: {_first_line(error)}") from error
     tree = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(tree, dict)
-    return _checked(_nest(tree), f" (in the preset {name})")
+    return _translated(_nest(tree), f" (in the preset {name})")
 
 
 def _nest(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
@@ -143,6 +142,14 @@ def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         if isinstance(below[name], dict) and isinstance(above[name], dict)
     }
     return below | above | both
+
+
+def _translated(tree: dict[str, Any], where: str) -> Translated:
+    """`tree` with verl's keys as what they are read as, before which a setting's own key stands back; `_checked`."""
+    found = translate(tree, where)
+    read = _nest({key: value for key, (_, value) in found.read_as.items()})
+    found.tree = _checked(_overlay(found.tree, read), where)
+    return found
 
 
 def _checked(tree: dict[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
@@ -186,19 +193,18 @@ def _merged(below: DictConfig, above: dict[str, Any], where: str = "") -> DictCo
 # Overrides -----------------------------------------------------------------------------------------------------------
 
 
-def _read_override(text: str) -> dict[str, Any]:
+def _read_override(text: str) -> Translated:
     """What the override `text` sets, as nested dicts whose keys are all known."""
-    parser = OverridesParser.create()
     try:
         try:
-            override = parser.parse_override(text)
+            override = parse_override(text)
         except HydraException:
             # A bare path with ~ or = in it, which Hydra wants quoted.
             key, _, value = text.partition("=")
             if not re.fullmatch(r"[\w./~=:@%+-]+", value):
                 raise
             text = f"{key}='{value}'"
-            override = parser.parse_override(text)
+            override = parse_override(text)
     except HydraException as error:
         raise ConfigError(
             f"the override {text!r} cannot be read; write key=value, with special characters quoted: key='\"value\"'"
@@ -214,12 +220,23 @@ def _read_override(text: str) -> dict[str, Any]:
         raise ConfigError(
             f"the override {text!r} names a config group or package, which is not offered; write key=value"
         )
-    tree = _checked(_nest({key: override.value()}), "")
-    if not tree:
+    value = value_as_written(override)
+    found = _translated(_nest({key: value}), "")
+    if not (found.tree or found.notes):
         raise _not_a_value(key, None, "")
-    if override.value() == MISSING:  # which a merge would leave out without a word
+    if value == MISSING and found.tree:  # which a merge would leave out without a word
         raise _not_set(key)
-    return tree
+    return found
+
+
+def _check_said_once(given: Sequence[Translated]) -> None:
+    """ConfigError when overrides set a setting and verl's key for it to different values."""
+    read_as = {key: said for part in given for key, said in part.read_as.items()}
+    for part in given:
+        for key in read_as.keys() & set(_dotted(part.tree)):
+            (theirs, value), ours = read_as[key], _value_in(part.tree, key)
+            if ours != value:
+                raise ConfigError(f"{theirs}={value} stands for {key}, which is set to {ours}; set only {key}")
 
 
 # The resolved settings -----------------------------------------------------------------------------------------------
@@ -245,6 +262,9 @@ def _settle(config: Config, set_by_user: set[str]) -> list[str]:
         notes.append(f"{ACTOR}.megatron.virtual_pipeline_model_parallel_size=1 is treated as null: one chunk per stage")
     logger = config.trainer.logger
     config.trainer.logger = [logger] if isinstance(logger, str) else [] if logger is None else logger
+    if isinstance(logger, list) and "file" in logger:
+        config.trainer.logger = [name for name in logger if name != "file"]
+        notes.append("trainer.logger: file is left out, since metrics.jsonl is always written")
     if not isinstance(config.trainer.logger, list):
         raise ConfigError(f"trainer.logger={logger} is not a list of names; set trainer.logger=[console]")
     for key, setting in SETTINGS.items():
@@ -286,6 +306,12 @@ def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{name}.{rest}" for rest in _dotted(value))
         else:
             yield str(name)
+
+
+def _value_in(tree: Mapping[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree
 
 
 def _unknown_key(key: str, where: str) -> ConfigError:

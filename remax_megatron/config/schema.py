@@ -32,6 +32,7 @@ from remax_megatron.config.setting import (
     POSITIVE_BELOW_1,
     POSITIVE_OR_ALL,
     POSITIVE_OR_NONE,
+    POSITIVE_OR_UNLIMITED,
     POSITIVE_SHARE,
     SHARE,
     group,
@@ -43,6 +44,7 @@ from remax_megatron.types import CUT_ANSWERS, Recompute
 
 LOGGERS = ("console", "wandb", "tensorboard")
 DTYPES = ("bfloat16", "float32")
+LR_DECAY_STYLES = ("constant", "linear", "cosine")
 RECOMPUTE_MODULES = ("mlp", "core_attn", "layernorm")
 
 ACTOR = "actor_rollout_ref.actor"
@@ -135,10 +137,27 @@ class Model:
 class Optim:
     """Adam and its learning rate."""
 
-    lr: float = setting(1e-6, limits=POSITIVE, help="Learning rate, constant after the warmup.")
+    lr: float = setting(1e-6, limits=POSITIVE, help="Learning rate after the warmup, from which it may decay.")
     lr_warmup_steps: int = setting(
-        0, limits=NOT_NEGATIVE, help="Optimizer steps in which the learning rate rises linearly to lr."
+        0,
+        limits=POSITIVE_OR_NONE,
+        help="Optimizer steps in which the learning rate rises linearly to lr; -1 or 0: as lr_warmup_steps_ratio says.",
     )
+    lr_warmup_steps_ratio: float = setting(
+        0.0, limits=BELOW_1, why="0 for none", help="The warmup as a share of lr_decay_steps."
+    )
+    lr_decay_style: str = setting(
+        "constant",
+        choices=LR_DECAY_STYLES,
+        help="How the learning rate falls after the warmup: not at all, along a line, or along half a cosine.",
+    )
+    lr_decay_steps: int | None = setting(
+        None,
+        limits=POSITIVE,
+        help="Optimizer steps, with the warmup, after which it is min_lr; null: those of the whole run, and of a "
+        "resumed run that is made longer, those of the longer one.",
+    )
+    min_lr: float = setting(0.0, limits=NOT_NEGATIVE, help="The learning rate at the end of a decay.")
     weight_decay: float = setting(
         0.01, limits=NOT_NEGATIVE, help="Decoupled weight decay of matrices; norms and biases have none."
     )
@@ -334,6 +353,12 @@ class ValKwargs:
     n: int = setting(1, limits=POSITIVE, help="Answers per prompt.")
     do_sample: bool = setting(False, help="Samples the answers; False: greedy.")
     temperature: float = setting(1.0, help="Temperature of sampled answers, 0.01 to 2.")
+    top_p: float = setting(
+        1.0, limits=POSITIVE_SHARE, help="Share of the probability that sampled answers are drawn from."
+    )
+    top_k: int = setting(
+        -1, limits=POSITIVE_OR_UNLIMITED, help="Likeliest tokens that sampled answers are drawn from; -1 or 0: all."
+    )
 
 
 @dataclass
@@ -487,6 +512,9 @@ class Trainer:
     )
     test_freq: int = setting(-1, limits=POSITIVE_OR_NONE, help="Validates every so many steps; -1 or 0: never.")
     val_before_train: bool = setting(True, help="Validates before the first step.")
+    val_only: bool = setting(
+        False, help="Validates the model, or the checkpoint that would be resumed, and ends; nothing is trained."
+    )
     default_local_dir: str = setting(
         "runs/${trainer.project_name}/${trainer.experiment_name}",
         path=True,

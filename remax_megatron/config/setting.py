@@ -45,6 +45,7 @@ POSITIVE = Limits(lambda number: 0 < number < math.inf, "greater than 0")
 NOT_NEGATIVE = Limits(lambda number: 0 <= number < math.inf, "0 or greater")
 POSITIVE_OR_NONE = Limits(lambda number: -1 <= number < math.inf, "a positive number, or -1 for none")
 POSITIVE_OR_ALL = Limits(lambda number: number == -1 or 0 < number < math.inf, "a positive number, or -1 for all")
+POSITIVE_OR_UNLIMITED = Limits(lambda number: -1 <= number < math.inf, "a positive number, or -1 or 0 for no limit")
 SHARE = Limits(lambda number: 0 <= number <= 1, "between 0 and 1")
 POSITIVE_SHARE = Limits(lambda number: 0 < number <= 1, "greater than 0 and at most 1")
 BELOW_1 = Limits(lambda number: 0 <= number < 1, "at least 0 and below 1")
@@ -68,6 +69,11 @@ class Setting:
     key: str = ""  # dotted
     kind: Any = None  # the field's type
     default: Any = None  # OmegaConf's MISSING for a setting that has to be given
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its value, or each item of it, is a text."""
+        return self.path or self.kind is str or str in typing.get_args(self.kind)
 
 
 def setting(

@@ -76,6 +76,7 @@ class Policy(PackedModel):
         """`model_folder` is a Hugging Face folder or a Megatron checkpoint; `timer` gets the phases of offloads."""
         super().__init__(facts, layout, settings, model_folder)
         self._objective = settings.objective()
+        self._learning_rate = settings.learning_rate()
         self._timer = timer or PhaseTimer()
         megatron = settings.actor.megatron
         overlap_reduce, overlap_gather = megatron.overlap_grad_reduce, megatron.overlap_param_gather
@@ -266,17 +267,16 @@ class Policy(PackedModel):
         return self.actor.ppo_micro_batch_size_per_gpu * max(row.num_tokens for row in rows)
 
     def _set_hyperparameters(self) -> float:
-        """Set and return the learning rate of this step: linear warm-up over `lr_warmup_steps`, then constant.
+        """Set and return the learning rate of this step.
 
         Weight decay acts on matrices, not on norms and biases: Megatron's groups carry that as `wd_mult`, which only
         its own scheduler would apply.
         """
-        warmup = self.actor.optim.lr_warmup_steps
-        factor = min(1.0, (self.num_updates + 1) / warmup) if warmup > 0 else 1.0
+        learning_rate = self._learning_rate(self.num_updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.actor.optim.lr * factor
+            group["lr"] = learning_rate
             group["weight_decay"] = self.actor.optim.weight_decay * group["wd_mult"]
-        return self.actor.optim.lr * factor
+        return learning_rate
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

@@ -7,28 +7,36 @@ from dataclasses import dataclass, field
 from remax_megatron.algorithm.losses import Clip
 from remax_megatron.algorithm.objective import Objective
 from remax_megatron.config.schema import Actor, Config, RolloutCorrection, recompute_of
+from remax_megatron.policy.learning_rate import LearningRate, learning_rate
 from remax_megatron.types import NO_RECOMPUTE, Recompute
 
 
 @dataclass(frozen=True)
 class PolicySettings:
     """The actor's settings, the temperature of the rollouts, which the policy's logits are divided by, what the
-    backward pass computes again, and how the mismatch with the engine is corrected."""
+    backward pass computes again, how the mismatch with the engine is corrected, and the optimizer steps of the whole
+    run, which a learning rate that decays needs."""
 
     actor: Actor
     temperature: float = 1.0
     recompute: Recompute = NO_RECOMPUTE
     correction: RolloutCorrection = field(default_factory=RolloutCorrection)
+    total_updates: int | None = None
 
     @classmethod
-    def of(cls, config: Config) -> PolicySettings:
+    def of(cls, config: Config, total_updates: int | None = None) -> PolicySettings:
         """Take the policy's part out of all settings."""
         return cls(
             config.actor_rollout_ref.actor,
             config.actor_rollout_ref.rollout.temperature,
             recompute_of(config),
             config.algorithm.rollout_correction,
+            total_updates,
         )
+
+    def learning_rate(self) -> LearningRate:
+        """The schedule of the learning rate that these settings describe."""
+        return learning_rate(self.actor.optim, self.total_updates)
 
     def objective(self) -> Objective:
         """The loss that these settings describe."""

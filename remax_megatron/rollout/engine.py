@@ -273,7 +273,10 @@ class Engine:
         for prompt in prompts:
             requests += [prompt.token_ids] * val.n
             seeds = [derive_seed(self.seed, VALIDATION, prompt.index, i) for i in range(val.n)]
-            parameters += [self._sampled(seed, val.temperature) if val.do_sample else self._greedy() for seed in seeds]
+            parameters += [
+                self._sampled(seed, val.temperature, val.top_p, val.top_k) if val.do_sample else self._greedy()
+                for seed in seeds
+            ]
         answers = iter(self._generate(requests, parameters))
         return [[next(answers) for _ in range(val.n)] for _ in prompts]
 
@@ -301,14 +304,13 @@ class Engine:
     def _greedy(self, max_tokens: int | None = None):
         return self._parameters(max_tokens, temperature=0.0)
 
-    def _sampled(self, seed: int, temperature: float):
-        return self._parameters(None, temperature=temperature, seed=seed)
+    def _sampled(self, seed: int, temperature: float, top_p: float = 1.0, top_k: int = -1):
+        return self._parameters(None, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
     def _parameters(self, max_tokens: int | None, **sampling):
         from vllm import SamplingParams
 
         return SamplingParams(
-            top_p=1.0,
             logprobs=0,
             detokenize=False,
             max_tokens=min(max_tokens or self.max_response_length, self.max_response_length),

@@ -48,6 +48,14 @@ def test_a_resumed_run_keeps_its_records_up_to_the_checkpoint(earlier):
     assert (earlier / "checkpoints" / TRACKER).read_text() == "3\n"
 
 
+def test_validation_alone_leaves_the_run_of_its_checkpoint_as_it_is(earlier):
+    before = {path.name: path.read_bytes() if path.is_file() else None for path in earlier.rglob("*")}
+    settings = config(earlier)
+    settings.trainer.val_only = True
+    start_run_folder(settings, (iteration_folder(earlier / "checkpoints", 3), 3))
+    assert {path.name: path.read_bytes() if path.is_file() else None for path in earlier.rglob("*")} == before
+
+
 def test_a_checkpoint_of_another_folder_begins_new_records(earlier, tmp_path):
     start_run_folder(config(tmp_path / "other"), (iteration_folder(earlier / "checkpoints", 3), 3))
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.yaml"]

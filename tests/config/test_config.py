@@ -228,7 +228,7 @@ def test_overrides_as_hydra_users_write_them():
         ("trainer.total_epoch", "trainer.total_epochs"),
         ("temperatur", f"{ROLLOUT}.temperature"),
         (f"{MEGATRON}.tensor_parallel_size", f"{MEGATRON}.tensor_model_parallel_size"),
-        ("critic.optim.lr", f"{ACTOR}.optim.lr"),
+        ("optim.lr", f"{ACTOR}.optim.lr"),
         ("ref.fsdp_config.param_offload", "actor_rollout_ref.ref.fsdp_config.param_offload"),
     ],
 )
@@ -278,7 +278,7 @@ def test_unreadable_override_is_one_clear_error(override, words):
         ("trainer.sed: 1", ["unknown setting trainer.sed", "trainer.seed"]),
         ("trainer: {seed: abc}", ["trainer.seed='abc' (in the preset mine)", "an integer"]),
         ("trainer: 3", ["trainer=3", "group of settings"]),
-        ("critic: {optim: {lr: 1}}", ["unknown setting critic.optim.lr", "actor.optim.lr"]),
+        ("optim: {lr: 1}", ["unknown setting optim.lr", "actor.optim.lr"]),
     ],
 )
 def test_wrong_preset_is_one_clear_error(tmp_path, text, words):
@@ -392,6 +392,10 @@ def test_what_is_no_mapping_is_refused(override, words):
         ("trainer.critic_warmup=5", "ReMax has no critic", "trainer.critic_warmup", 5),
         (f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", "packs by tokens", f"{ACTOR}.ppo_micro_batch_size_per_gpu", 4),
         (f"{ROLLOUT}.val_kwargs.temperature=0.6", "is greedy", f"{ROLLOUT}.val_kwargs.temperature", 0.6),
+        (f"{ROLLOUT}.val_kwargs.top_p=0.7", "is greedy", f"{ROLLOUT}.val_kwargs.top_p", 0.7),
+        (f"{ROLLOUT}.val_kwargs.top_k=20", "is greedy", f"{ROLLOUT}.val_kwargs.top_k", 20),
+        (f"{ACTOR}.optim.min_lr=1e-7", "lr_decay_style=constant", f"{ACTOR}.optim.min_lr", 1e-7),
+        (f"{ACTOR}.optim.lr_decay_steps=9", "lr_decay_style=constant", f"{ACTOR}.optim.lr_decay_steps", 9),
         (f"{ROLLOUT}.val_kwargs.temperature=0", None, f"{ROLLOUT}.val_kwargs.temperature", 0.0),
         ("trainer.logger=console", None, "trainer.logger", ["console"]),
     ],
@@ -400,6 +404,12 @@ def test_mapped_settings(override, words, key, value):
     config, notes = load_and_check(override, f"{MEGATRON}.tensor_model_parallel_size=1")
     assert value_of(config, key) == value
     assert words is None or any(words in note for note in notes), notes
+
+
+def test_a_warmup_has_one_length():
+    share, steps = f"{ACTOR}.optim.lr_warmup_steps_ratio=0.1", f"{ACTOR}.optim.lr_warmup_steps"
+    assert any("lr_warmup_steps=5 goes before it" in note for note in check(share, f"{steps}=5"))
+    assert check(share, f"{steps}=-1", f"{ACTOR}.optim.lr_decay_steps=40") == check()  # the share of 40 steps
 
 
 def test_no_validation_data_is_remarked():
@@ -456,6 +466,24 @@ BROKEN = {
     "validation temperature": (
         [f"{ROLLOUT}.val_kwargs.do_sample=True", f"{ROLLOUT}.val_kwargs.temperature=0"],
         ["val_kwargs.temperature=0", "0.01 to 2.0", "do_sample=False"],
+    ),
+    "validation top_p": ([f"{ROLLOUT}.val_kwargs.top_p=0"], ["val_kwargs.top_p=0", "greater than 0 and at most 1"]),
+    "validation top_p above 1": ([f"{ROLLOUT}.val_kwargs.top_p=1.1"], ["val_kwargs.top_p=1.1", "at most 1"]),
+    "validation top_k": ([f"{ROLLOUT}.val_kwargs.top_k=-2"], ["val_kwargs.top_k=-2", "-1 or 0 for no limit"]),
+    "validation alone": (
+        ["trainer.val_only=True", "data.val_files=null", "trainer.test_freq=-1"],
+        ["val_only=True", "data.val_files is not set"],
+    ),
+    "decay style": ([f"{ACTOR}.optim.lr_decay_style=WSD"], ["lr_decay_style=WSD", "constant, linear, cosine"]),
+    "warmup": ([f"{ACTOR}.optim.lr_warmup_steps=-2"], ["lr_warmup_steps=-2", "-1 for none"]),
+    "warmup share": ([f"{ACTOR}.optim.lr_warmup_steps_ratio=1"], ["lr_warmup_steps_ratio=1", "below 1"]),
+    "rate that rises": (
+        [f"{ACTOR}.optim.lr_decay_style=linear", f"{ACTOR}.optim.lr=1e-6", f"{ACTOR}.optim.min_lr=1e-5"],
+        ["min_lr=1e-05 is above", "lr=1e-06", "min_lr to at most 1e-06"],
+    ),
+    "decay within the warmup": (
+        [f"{ACTOR}.optim.lr_decay_style=cosine", f"{ACTOR}.optim.lr_decay_steps=5", f"{ACTOR}.optim.lr_warmup_steps=5"],
+        ["lr_decay_steps=5 counts the warmup", "lr_warmup_steps=5", "or to null"],
     ),
     "gamma": (["algorithm.gamma=0.99"], ["gamma=0.99", "algorithm.gamma=1.0"]),
     "one answer": (["algorithm.adv_estimator=rloo", f"{ROLLOUT}.n=1"], ["rollout.n=1", "rloo", "at least 2"]),

@@ -197,12 +197,27 @@ def test_every_layout_trains(torchrun, demo_policy, tmp_path, ranks, tp, pp, vll
 def test_mini_batches_and_epochs_are_optimizer_steps_on_kept_logprobs(torchrun, demo_policy, tmp_path):
     actor = "actor_rollout_ref.actor"
     extra = [f"{actor}.ppo_mini_batch_size=4", f"{actor}.ppo_epochs=2", f"{actor}.optim.lr=1e-3"]
+    extra += [f"{actor}.optim.lr_decay_style=linear", f"{actor}.optim.min_lr=2e-4"]
     finished = torchrun(2, [*overrides(demo_policy, tmp_path / "run", 2, 1, 1), *extra])
     assert finished.code == 0, finished.output
     check_metrics(tmp_path / "run")
-    for record in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]:
+    for record, rate in zip(read_metrics(tmp_path / "run" / "metrics.jsonl")[1:], (7e-4, 3e-4), strict=True):
         assert record["actor/num_updates"] == 4  # 8 prompts / 4, twice
+        assert record["actor/lr"] == pytest.approx(rate)  # 3/8 and 7/8 of the way from 1e-3 to 2e-4, in 8 updates
         assert record["actor/approx_kl"] != 0.0  # three of the four ratios are not 1
+
+
+def test_validation_alone_trains_and_exports_nothing(torchrun, first_run, demo_policy, tmp_path):
+    run_dir, val_only = tmp_path / "run", "trainer.val_only=True"
+    steps = "trainer.total_training_steps=5000"
+    finished = torchrun(2, [*overrides(demo_policy, run_dir, 1, 1, 1), val_only, steps])
+    assert f"note: {steps} has no effect" in finished.output
+    assert finished.code == 0, finished.output
+    assert "Validated after step 0: with trainer.val_only=True nothing is trained or exported." in finished.output
+    (record,) = read_metrics(run_dir / "metrics.jsonl")
+    before = read_metrics(first_run / "metrics.jsonl")[0]  # the first run's validation before its first step
+    assert record["step"] == record["epoch"] == 0 and record["val/accuracy"] == before["val/accuracy"]
+    assert {path.name for path in run_dir.iterdir()} == {"config.yaml", "lock", "metrics.jsonl", "validation"}
 
 
 def test_kl_terms_shared_prompts_and_importance_weights_in_one_run(torchrun, demo_policy, tmp_path):

@@ -112,9 +112,15 @@ def output_folder_is_named(setup: Setup) -> None:
 
 @rule
 def validation_has_data(setup: Setup) -> None:
-    """Validation at intervals needs validation data."""
+    """Validation at intervals, and validation alone, need validation data."""
     config = setup.config
-    if config.trainer.test_freq > 0 and not as_list(config.data.val_files):
+    if as_list(config.data.val_files):
+        return
+    if config.trainer.val_only:
+        raise ConfigError(
+            "trainer.val_only=True asks for validation, but data.val_files is not set; set data.val_files"
+        )
+    if config.trainer.test_freq > 0:
         raise ConfigError(
             f"trainer.test_freq={config.trainer.test_freq} asks for validation, but data.val_files is not set;"
             " set data.val_files, or trainer.test_freq=-1"

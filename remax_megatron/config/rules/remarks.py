@@ -69,11 +69,30 @@ def settings_of_the_other_device(setup: Setup) -> Iterator[str]:
 
 
 @remark
-def greedy_validation_temperature(setup: Setup) -> Iterator[str]:
-    """A greedy validation has no temperature."""
+def greedy_validation(setup: Setup) -> Iterator[str]:
+    """A greedy validation samples nothing."""
     val = setup.rollout.val_kwargs
-    if not val.do_sample and val.temperature not in (0.0, 1.0):
-        yield f"{ROLLOUT}.val_kwargs.temperature={val.temperature} has no effect: do_sample=False is greedy"
+    for name, without_effect in (("temperature", (0.0, 1.0)), ("top_p", (1.0,)), ("top_k", (-1, 0, 1))):
+        value = getattr(val, name)
+        if not val.do_sample and value not in without_effect:
+            yield f"{ROLLOUT}.val_kwargs.{name}={value} has no effect: do_sample=False is greedy"
+
+
+@remark
+def unused_numbers_of_the_learning_rate(setup: Setup) -> Iterator[str]:
+    """A learning rate that does not decay has no end, and a warmup has one length."""
+    optim, key = setup.actor.optim, f"{ACTOR}.optim"
+    warms_up_by_share = optim.lr_warmup_steps_ratio > 0 and optim.lr_warmup_steps <= 0
+    if optim.lr_warmup_steps_ratio > 0 and optim.lr_warmup_steps > 0:
+        yield (
+            f"{key}.lr_warmup_steps_ratio={optim.lr_warmup_steps_ratio} has no effect: lr_warmup_steps="
+            f"{optim.lr_warmup_steps} goes before it"
+        )
+    if optim.lr_decay_style == "constant":
+        if optim.min_lr:
+            yield f"{key}.min_lr={optim.min_lr} has no effect: lr_decay_style=constant"
+        if optim.lr_decay_steps is not None and not warms_up_by_share:
+            yield f"{key}.lr_decay_steps={optim.lr_decay_steps} has no effect: lr_decay_style=constant"
 
 
 @remark

@@ -77,6 +77,24 @@ def validation_answers_differ(setup: Setup) -> None:
 
 
 @rule
+def learning_rate_falls(setup: Setup) -> None:
+    """A learning rate that decays falls, after the warmup."""
+    optim, key = setup.actor.optim, f"{ACTOR}.optim"
+    if optim.lr_decay_style == "constant":
+        return
+    if optim.min_lr > optim.lr:
+        raise ConfigError(
+            f"{key}.min_lr={optim.min_lr} is above {key}.lr={optim.lr}, from which lr_decay_style="
+            f"{optim.lr_decay_style} falls; set {key}.min_lr to at most {optim.lr}"
+        )
+    if optim.lr_decay_steps is not None and optim.lr_decay_steps <= optim.lr_warmup_steps:
+        raise ConfigError(
+            f"{key}.lr_decay_steps={optim.lr_decay_steps} counts the warmup too and is not above "
+            f"{key}.lr_warmup_steps={optim.lr_warmup_steps}; set {key}.lr_decay_steps above it, or to null"
+        )
+
+
+@rule
 def remax_has_no_discount(setup: Setup) -> None:
     """The reward of a whole answer is not discounted."""
     gamma = setup.config.algorithm.gamma
