@@ -119,7 +119,6 @@ _MODEL_AS_IT_IS = f"the model is computed as its config.json says; change that i
 # Keys, of which one that ends in .* stands for all below it, and what becomes of them. The longest that fits counts.
 TABLE: dict[tuple[str, ...], Fate] = {
     # data
-    ("data.train_max_samples",): Refused("it is not offered; set data.train_files to a file of as many rows", (-1,)),
     ("data.seed",): ReadAs(("trainer.seed",)),
     ("data.tokenizer",): Refused(_ONE_FOLDER),
     ("data.reward_fn_key",): Refused("the column is always data_source; rename it in the file", ("data_source",)),
@@ -155,7 +154,6 @@ TABLE: dict[tuple[str, ...], Fate] = {
         "the whole model is trained, without LoRA"
     ),
     (f"{MODEL}.tokenizer_path", f"{MODEL}.hf_config_path"): Refused(_ONE_FOLDER),
-    (f"{MODEL}.custom_chat_template",): Refused(f"the chat template is that of {MODEL}.path; change it there"),
     (f"{MODEL}.override_config.*", f"{MEGATRON}.override_mcore_model_config.*"): Refused(_MODEL_AS_IT_IS, (False,)),
     (f"{MODEL}.mtp.*", f"{ROLLOUT}.mtp.*"): Ignored("a Qwen2.5 model has no heads for later tokens"),
     # the update

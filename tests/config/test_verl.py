@@ -94,7 +94,7 @@ data.return_raw_chat=True {ACTOR}.shuffle=False {ACTOR}.use_torch_compile=False 
 {ROLLOUT}.engine_kwargs.vllm.compilation_config.cudagraph_mode=FULL_DECODE_ONLY algorithm.lam=0.95
 {MODEL}.lora.rank=0 {MODEL}.lora.alpha=32 trainer.balance_batch=True trainer.log_val_generations=1
 model_engine=megatron ray_kwargs.ray_init.runtime_env.env_vars.TRANSFER_QUEUE_ENABLE=1 reward_model.enable=False
-data.train_max_samples=-1 trainer.default_hdfs_dir=null {ACTOR}.clip_ratio._target_=x {ACTOR}.optim.lr_wsd_decay_steps=5
+trainer.default_hdfs_dir=null {ACTOR}.clip_ratio._target_=x {ACTOR}.optim.lr_wsd_decay_steps=5
 """.split()
 REFUSED = {  # an override: words of the one line that refuses it
     "critic.optim.lr=1e-5": "PPO's critic is not offered yet",
@@ -115,7 +115,6 @@ REFUSED = {  # an override: words of the one line that refuses it
     "reward_model.model.path=x": "custom_reward_function.path",
     "reward_model.micro_batch_size=16": "custom_reward_function.path",
     "data.trust_remote_code=True": "never executed; set it to False",
-    "data.train_max_samples=100": "data.train_files to a file of as many rows",
     f"{ACTOR}.ppo_micro_batch_size=16": f"set {ACTOR}.ppo_micro_batch_size_per_gpu",
     f"{ACTOR}.ulysses_sequence_parallel_size=2": "set it to 1",
     f"{MEGATRON}.dist_checkpointing_path=d": f"set that: {MODEL}.path",
