@@ -13,6 +13,8 @@ they come to `ANY`, because no attention of Transformer Engine is called then.
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 from remax_megatron.config.schema import Config, ConfigError, expects_cpu
 
@@ -30,8 +32,17 @@ BACKEND = "actor_rollout_ref.actor.megatron.attention_backend"
 def set_up(config: Config) -> None:
     """Set what is not set yet. ConfigError as `check_attention`."""
     check_attention(config)
-    for name, value in (QUIET | for_cuda(config)).items():
+    for name, value in (QUIET | for_cuda(config) | for_caches()).items():
         os.environ.setdefault(name, value)
+
+
+def for_caches() -> dict[str, str]:
+    """Where libraries may keep what they would put into the home directory, when that cannot be written."""
+    if os.access(Path("~").expanduser(), os.W_OK):
+        return {}
+    folder = Path(tempfile.gettempdir()) / f"remax-caches-{os.getuid()}"
+    names = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME")
+    return {name: str(folder / name.lower()) for name in names}
 
 
 def for_cuda(config: Config) -> dict[str, str]:

@@ -44,6 +44,20 @@ def test_no_hardware_queue_is_asked_for_where_none_is_needed(case):
     assert CONNECTIONS not in os.environ and os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
 
 
+def test_caches_go_elsewhere_when_the_home_directory_cannot_be_written(monkeypatch, tmp_path):
+    names = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_HOME")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    environment.set_up(settings())
+    assert not os.environ.keys() & set(names)
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/mine")
+    environment.set_up(settings())
+    assert os.environ["XDG_CACHE_HOME"] == "/mine" and "remax-caches-" in os.environ["XDG_CONFIG_HOME"]
+
+
 def test_a_users_own_value_stays(monkeypatch):
     monkeypatch.setenv(CONNECTIONS, "8")
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from remax_megatron import plots
+from remax_megatron.atomic import written_for
+from remax_megatron.errors import UserError
 from remax_megatron.metrics import MetricsWriter, console_lines, read_metrics, truncate_metrics
 from tests.logged import logged_lines
 
@@ -150,3 +153,43 @@ def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "metrics.jsonl").write_text(text)
         assert plots.main([str(tmp_path / "metrics.jsonl"), str(png)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_wandb_is_online_where_one_has_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key in the environment, or by `wandb login` in netrc; WANDB_MODE before both."""
+    from remax_megatron.metrics import _wandb_mode
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _wandb_mode("https://api.wandb.ai") == "offline"
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "k" * 40 + "\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert _wandb_mode("https://api.wandb.ai") == "online"
+    assert _wandb_mode("https://wandb.example.org") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert _wandb_mode("https://wandb.example.org") == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert _wandb_mode("https://api.wandb.ai") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "onlin")
+    with pytest.raises(UserError, match="WANDB_MODE=onlin is none of wandb's modes; set it to one of online, offline"):
+        _wandb_mode("https://api.wandb.ai")
+
+
+def test_wandb_without_a_network_is_one_error_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(UserError, match="wandb, which could not be started .*set WANDB_MODE=offline"):
+        writer(tmp_path, "wandb")
+    assert time.monotonic() - began < 30
+
+
+def test_records_that_cannot_be_written_name_the_setting() -> None:
+    said = r"trainer\.rollout_data_dir=/full cannot be written \(.*No space left"
+    with pytest.raises(UserError, match=said), written_for("trainer.rollout_data_dir", "/full"):
+        Path("/dev/full").write_text("x")
