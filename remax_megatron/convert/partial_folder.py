@@ -93,7 +93,7 @@ def partial_folder(output: Path, num_bytes: int, fingerprint: str, resume: bool)
             os.rename(partial, output)
             fsync_path(output.parent)
     except KeyboardInterrupt:
-        print(f"interrupted; --resume goes on with what is in {partial}", file=sys.stderr)
+        print(f"interrupted; --resume continues with what is in {partial}", file=sys.stderr)
         raise
     except _LeaveAlone:
         raise

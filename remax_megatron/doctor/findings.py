@@ -52,7 +52,7 @@ def merge(reports: Mapping[str, Sequence[Finding]]) -> list[Finding]:
 
 
 def show(reports: Mapping[str, Sequence[Finding]], headline: str) -> int:
-    """Print what `merge` makes of `reports`, problems last with their mends, and a line that counts.
+    """Print what `merge` makes of `reports`, problems last with their fixes, and a line that counts.
 
     Returns the exit code: 2 for settings that the trainer refuses, else 1 for a problem, else 0.
     """

@@ -132,7 +132,7 @@ def table(made: Ledger) -> str:
 def disk(run: Run) -> Iterator[Finding]:
     """Whether trainer.default_local_dir can be written, and has room for checkpoints and the exported model.
 
-    Checkpoints that a resumed run goes on from are part of the need.
+    Checkpoints that a resumed run continues from are part of the need.
     """
     from remax_megatron.run_folder import checkpoints_folder
 

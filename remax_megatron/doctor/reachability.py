@@ -27,7 +27,7 @@ WAIT_S = COLLECTIVE_WAIT_S = 60.0  # for a rank to show up; for a collective
 FILE_WAIT_S = 5.0  # for a file of another node; network file systems show new files late
 MESSAGE_BYTES = 16 * 2**20  # what each rank sends in the timed all_gather; less from 64 ranks on, to hold 1 GiB
 SLOW_NCCL = 1e9  # bytes/s; plain sockets instead of InfiniBand or NVLink are below
-MEND = (
+FIX = (
     "look whether all nodes run and are let through (firewall, /etc/hosts: gloo announces the address of its name);"
     " with several networks set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the one between the nodes (`ip -br addr`)"
 )
@@ -44,7 +44,7 @@ def meet(run: Run, findings: list[Finding], headline: str) -> NoReturn:
         code = _talk(_open_store(rank, run.world_size), run, rank, findings, headline, endpoint)
     except (dist.DistError, KeyError, ValueError) as error:  # the last two: no MASTER_ADDR, no port
         fact = f"rank {rank} on {_host()} cannot reach {endpoint}, or lost it ({said(error)})"
-        show({"": [*findings, Finding("reachability", PROBLEM, fact, MEND)]}, headline)
+        show({"": [*findings, Finding("reachability", PROBLEM, fact, FIX)]}, headline)
     os._exit(code)  # a process group with a lost peer does not end by itself
 
 
@@ -68,7 +68,7 @@ def _talk(store: Store, run: Run, rank: int, findings: list[Finding], headline: 
         missing = [f"rank {peer}" for peer, name in enumerate(names) if not name]
         if missing:
             fact = f"{some(missing)} did not show up at {endpoint} within {WAIT_S:.0f} s; here are {some(hosts)}"
-            findings.append(Finding("reachability", PROBLEM, fact, MEND))
+            findings.append(Finding("reachability", PROBLEM, fact, FIX))
         else:
             findings.append(collectives(run, store, rank, hosts))
         if rank and file and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -101,7 +101,7 @@ def collectives(run: Run, store: Store, rank: int, hosts: list[str]) -> Finding:
         rate = threads.submit(_all_gather, store, rank, run.world_size, backend).result(1.5 * COLLECTIVE_WAIT_S)
     except (RuntimeError, TimeoutError) as error:
         after = f"{said(error)}, after {time.monotonic() - began:.0f} s"
-        return Finding("reachability", PROBLEM, f"the ranks met, but {backend} does not connect them: {after}", MEND)
+        return Finding("reachability", PROBLEM, f"the ranks met, but {backend} does not connect them: {after}", FIX)
     fact = f"{backend} connects {run.world_size} ranks on {some(hosts)}: {rate / 1e9:.2f} GB/s each"
     fix = "NCCL_DEBUG=INFO shows the transport; set NCCL_SOCKET_IFNAME / NCCL_IB_HCA to the fast network"
     return Finding("reachability", WARNING if backend == "nccl" and rate < SLOW_NCCL else OK, fact, fix)

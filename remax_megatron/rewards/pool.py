@@ -11,7 +11,7 @@ scorer of coroutines has many answers at once and is killed only when one of the
 its share of all answers in one call, which has the time of all of them, and shares their fate.
 
 One thread at a time may use a pool. Linux only (memfd, PR_SET_PDEATHSIG). A worker also dies with the *thread* that
-started it, which the next `score` mends. A scorer is trusted code here; untrusted programs run in sandbox/.
+started it, which the next `score` repairs. A scorer is trusted code here; untrusted programs run in sandbox/.
 """
 
 from __future__ import annotations
@@ -328,6 +328,6 @@ def _too_many(failed: Sequence[ScoreResult], total: int, max_share: float) -> Re
     return RewardFailures(
         f"reward.max_failure_share={max_share:g}: {len(failed)} of {total} rewards failed "
         f"({len(failed) / total:.1%}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}); "
-        f"the first, {first.outcome}: {first.message}. Mend the scorer or the data, raise reward.timeout_s "
+        f"the first, {first.outcome}: {first.message}. Fix the scorer or the data, raise reward.timeout_s "
         "or reward.memory_gib, or raise reward.max_failure_share to train with these scored 0"
     )

@@ -99,7 +99,7 @@ def test_worked_example() -> None:
 
 def test_a_swap_meets_the_bound_where_dealing_does_not() -> None:
     # 18 tokens, 2 x 9. Dealt: 5+3+2 | 3+3+2, one token over; best-fit decreasing: 5+3 | 3+3+2 | 2, three micro-batches.
-    # Swapping a 3 for a 2 mends the first: 5+2+2 | 3+3+3.
+    # Swapping a 3 for a 2 repairs the first: 5+2+2 | 3+3+3.
     assert schedule_by_tokens([5, 3, 3, 3, 2, 2], dp=1, token_budget=9) == [[[0, 4, 5], [1, 2, 3]]]
 
 

@@ -39,7 +39,7 @@ ITERATION, TRACKER, FINAL_NORM = "iter_0000000", "latest_checkpointed_iteration.
 WEIGHTS, METADATA, BACKEND = f"{ITERATION}/__0_0.distcp", f"{ITERATION}/.metadata", f"{ITERATION}/metadata.json"
 BAR = re.compile(r"\d+%\|")
 # What is wrong is half a message: one of these words says what to do, or what would be right.
-MEND = re.compile(
+FIX = re.compile(
     r"\b(set|add|remove|delete|choose|convert|save|load|name|write|wait|repeat|download|copy|use|give|expected)\b"
 )
 Damage = Callable[[Path], object]
@@ -98,7 +98,7 @@ def refuses(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., 
         after = tree(tmp_path)
         assert after.keys() == before.keys() and after == before
         assert [word for word in says if word not in line] == [], line
-        assert MEND.search(line), f"no word on what to do: {line}"
+        assert FIX.search(line), f"no word on what to do: {line}"
 
     return check
 

@@ -106,9 +106,9 @@ def test_the_one_change_that_makes_it_fit(cards, preset, model, overrides, phase
     )
     assert found.fix.startswith(f"set {change}"), found.fix
     setting, _, size = found.fix.removeprefix("set ").partition(", which makes the largest phase ")
-    (mended,) = machine.memory(a_run(preset, *overrides, setting, model=model))
-    totals = [float(cell) for cell in mended.fact.splitlines()[-1].removeprefix("in all").split()]
-    assert mended.level == OK and max(totals) == float(size.split()[0])
+    (fitting,) = machine.memory(a_run(preset, *overrides, setting, model=model))
+    totals = [float(cell) for cell in fitting.fact.splitlines()[-1].removeprefix("in all").split()]
+    assert fitting.level == OK and max(totals) == float(size.split()[0])
 
 
 def test_an_engine_without_room_for_its_weights(cards):

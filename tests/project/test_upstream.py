@@ -1,6 +1,6 @@
 """Private code of Megatron that is called, replaced or overridden here: as it was read, in the versions that were read.
 
-A new version fails in the first test. Read the places below in it, mend what has changed, and add it to VERSIONS.
+A new version fails in the first test. Read the places below in it, repair what has changed, and add it to VERSIONS.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Hosts:
             done = ip("-netns", name, "neigh", "replace", other, *nobody)
             assert done.returncode == 0, done.stderr
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         for name, other in zip(self.names, reversed(ADDRESSES), strict=True):
             done = ip("-netns", name, "neigh", "del", other, "dev", LINK)
             assert done.returncode == 0, done.stderr
@@ -163,8 +163,8 @@ def test_a_cut_link_ends_both_hosts_and_the_run_resumes(hosts, demo_policy, demo
     for output in (with_store, without):
         assert "watchdog: here phase" in output and "thread MainThread" in output
 
-    hosts.mend()
-    run = Run(hosts, tmp_path / "mended", overrides)
+    hosts.repair()
+    run = Run(hosts, tmp_path / "repaired", overrides)
     assert run.codes(240) == [0, 0], run.output(0) + run.output(1)
     assert "Resuming after step" in run.output(0)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
