@@ -63,7 +63,7 @@ def run(config: Config, facts: ModelFacts, notes: list[str]) -> None:
 
 def _run(
     config: Config, facts: ModelFacts, inputs: Inputs, device: torch.device, timer: PhaseTimer, clean_up: ExitStack
-) -> str | None:
+) -> str:
     """Resume or start, train and export, or validate alone; returns a last word.
 
     `inputs` and `facts` are those of `config`, `device` is this rank's, `timer` times the phases, and `clean_up` is
@@ -138,11 +138,11 @@ def _is_exported(config: Config) -> bool:
     return from_first_rank(lambda: not config.trainer.export_hf or hf.exists(), ConfigError)
 
 
-def _leave(last_word: str | None = None) -> NoReturn:
+def _leave(last_word: str) -> NoReturn:
     """The orderly end of this process. Every rank calls."""
     dist.barrier()  # the first rank to leave makes the launcher end the others
     watchdog.stop()
-    if last_word is not None and dist.get_rank() == 0:
+    if dist.get_rank() == 0:
         print(last_word)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -48,7 +48,7 @@ def test_resume_writes_only_what_is_missing(
     jobs = Interrupted(monkeypatch, after=5)
     assert convert(command) == 130
     assert len(jobs.written) == 5 and partial.is_dir() and not output.exists()
-    assert "--resume goes on with what is in" in capsys.readouterr().err
+    assert "--resume continues with what is in" in capsys.readouterr().err
     assert convert(command) == 2  # without --resume it stays as it is
     assert "add --resume to go on" in capsys.readouterr().err and partial.is_dir()
 

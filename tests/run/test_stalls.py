@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 
 import pytest
 
 from remax_megatron.stalls import PATIENCE, Stalls
 from remax_megatron.types import Completion, Prompt, Rollout
+from tests import ROOT
 
 
 def answer(tokens: list[int], reward: float, finished: bool = True) -> Completion:
@@ -64,3 +66,47 @@ def test_a_resumed_run_counts_on() -> None:
     second.load_state_dict(first.state_dict())
     assert parts + [second.observe(*step) for step in steps[2:]] == in_one_go
     assert second.last_word() == whole.last_word()
+
+
+# -- every way to end with exit code 0 and no update ---------------------------------------------------------------
+
+MASKED = batch()
+for masked in MASKED[0].samples:
+    masked.masked = True
+WAYS = {  # what every step was like
+    "every advantage was 0": [(batch((0.0, 0.0)), 0)] * 4,
+    "every sample tied with the greedy answer of its prompt": [
+        (batch((0.0, 0.0)) + [Rollout(Prompt(1, (1,), "s", "1"), [answer([7], 1.0)], answer([8], 1.0))], 0)
+    ]
+    * 4,
+    "every answer was left out": [(MASKED, 0)] * 4,
+    "every update was skipped because it was not finite": [(LEARNS, 0)] * 2,
+    "a stop before the third step": [(batch((0.0, 0.0)), 0)] * 2,
+    "one step": [(LEARNS, 0)],
+}
+
+
+@pytest.mark.parametrize("steps", WAYS.values(), ids=WAYS.keys())
+def test_a_run_without_an_update_says_so_in_its_last_line(steps: list) -> None:
+    stalls = Stalls()
+    for step in steps:
+        stalls.observe(*step)
+    assert stalls.last_word().startswith(f"NOTHING WAS LEARNED in {len(steps)} steps, the policy is what it was: ")
+    assert "no update was made" in stalls.last_word()
+
+
+def test_every_end_with_exit_code_0_has_a_last_line() -> None:
+    """What `_run` returns is printed before the process ends with 0. A complete run and trainer.val_only, which take no
+    step, say so in words of their own (test_resume.py, test_end_to_end.py)."""
+    source = ast.parse((ROOT / "remax_megatron" / "run.py").read_text())
+    functions = {node.name: node for node in source.body if isinstance(node, ast.FunctionDef)}
+    ends = [ast.unparse(node.value) for node in ast.walk(functions["_run"]) if isinstance(node, ast.Return)]
+    assert sorted(end.partition("(")[0][:24] for end in ends) == [
+        "_validate",
+        "f'The run is complete: {",
+        "trainer.learner.stalls.l",
+    ]
+    (validated,) = [node.value for node in ast.walk(functions["_validate"]) if isinstance(node, ast.Return)]
+    assert "nothing is trained" in ast.unparse(validated)
+    leaves = [node for node in ast.walk(source) if isinstance(node, ast.Call) and ast.unparse(node.func) == "_leave"]
+    assert [ast.unparse(leave) for leave in leaves] == ["_leave(last_word)"]
