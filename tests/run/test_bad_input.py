@@ -15,6 +15,8 @@ import pytest
 
 from tests import ROOT
 
+pytestmark = pytest.mark.e2e
+
 MEGATRON = "actor_rollout_ref.actor.megatron"
 
 

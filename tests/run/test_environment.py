@@ -105,6 +105,7 @@ def test_megatron_sets_what_we_say_and_takes_nothing_else(backend, expected, mon
         LanguageModule._set_attention_backend(SimpleNamespace(config=config))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("module", ["remax_megatron", "remax_megatron.doctor"])
 def test_the_entry_and_the_doctor_end_with_2(module, demo_inputs):
     one_rank = ["trainer.n_gpus_per_node=1", f"{MEGATRON}.tensor_model_parallel_size=1"]

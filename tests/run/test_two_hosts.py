@@ -21,6 +21,8 @@ import pytest
 
 from tests import ROOT
 
+pytestmark = pytest.mark.e2e
+
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 LINK = "link0"
 ENDS_WITHIN_S = 60
