@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from remax_megatron.downloads import failed_download
 from remax_megatron.errors import UserError
+from remax_megatron.model_keys import noted_keys, refused_key, shortened
 
 
 class ModelError(UserError):
@@ -34,6 +36,8 @@ class ModelFacts:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
+    # Keys of config.json that nobody knows and that do not look as if they mattered: worth a note.
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def from_folder(cls, path: str | Path, setting: str = "model") -> ModelFacts:
@@ -58,7 +62,9 @@ class ModelFacts:
         """Facts of the config.json `file`; `setting`=`source` names the model in error messages."""
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:  # not JSON, not UTF-8, not readable
+        except (ValueError, OSError, RecursionError) as error:  # not JSON, not UTF-8, not readable
+            if why := failed_download(file):
+                raise ModelError(f"{setting}={source}: config.json {why}") from error
             raise ModelError(f"{setting}={source}: config.json cannot be read ({error}); {_mend(setting)}") from error
         if not isinstance(config, dict):
             raise ModelError(
@@ -70,6 +76,7 @@ class ModelFacts:
     def from_hf_config(cls, config: Mapping[str, Any], source: str, setting: str = "model") -> ModelFacts:
         """Facts from the keys of a Qwen2 config.json; `setting`=`source` names the model in error messages."""
         _refuse_other_architectures(config, source, setting)
+        _refuse_unknown_computation(config, source, setting)
 
         def size(name: str) -> int:
             value = config.get(name)
@@ -112,7 +119,14 @@ class ModelFacts:
             max_position_embeddings=size("max_position_embeddings"),
             rms_norm_eps=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
             rope_theta=number("rope_theta", config.get("rope_theta", rope.get("rope_theta", 10000.0))),
+            unknown_keys=noted_keys(config),
         )
+
+    def note_on_unknown_keys(self) -> str | None:
+        """A sentence that names the keys of config.json that are not read, None when all are known."""
+        if not self.unknown_keys:
+            return None
+        return f"config.json has keys that are not known here and have no effect: {', '.join(self.unknown_keys)}"
 
 
 def _mend(setting: str) -> str:
@@ -146,3 +160,25 @@ def _refuse_other_architectures(config: Mapping[str, Any], source: str, setting:
         reason = f"a model with hidden_act={config['hidden_act']!r}; Qwen2 uses silu"
     if reason:
         raise ModelError(f"{setting}={source} is {reason}; {_mend(setting)}")
+
+
+def _refuse_unknown_computation(config: Mapping[str, Any], source: str, setting: str) -> None:
+    """ModelError for a key that may change the forward pass and is not read, or has a value that is not offered."""
+    if (key := refused_key(config)) is not None:
+        raise ModelError(
+            f"{setting}={source}: config.json says {key}={shortened(config[key])}, which this trainer does not know and"
+            f" which may change what the model computes; remove the key from config.json if the model is right without"
+            f" it, or {_mend(setting)}"
+        )
+    kinds = config.get("layer_types")
+    legal = {
+        "is_causal": config.get("is_causal") in (None, True),
+        "partial_rotary_factor": config.get("partial_rotary_factor") in (None, 1.0),
+        "layer_types": kinds is None or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)),
+    }
+    for key, offered in legal.items():
+        if not offered:
+            raise ModelError(
+                f"{setting}={source}: config.json says {key}={shortened(config[key])}, which this trainer does not"
+                f" offer; {_mend(setting)}"
+            )

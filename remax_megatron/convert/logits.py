@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from remax_megatron.weights.hf_folder import HF_EMBEDDING, HF_HEAD, FolderError, HfWeights
+from remax_megatron.weights.hf_folder import HF_EMBEDDING, HF_HEAD, FolderError, HfWeights, expected_shapes
 from remax_megatron.weights.mapped import Extent, MappedFiles
 from remax_megatron.weights.megatron_folder import MegatronWeights, model_folder, open_model
 
@@ -47,14 +47,14 @@ class StreamedModel:
 
     def _rows(self, name: str, row: int, num_rows: int) -> Tensor:
         """[num_rows, H] in float32."""
-        return self._read(self.weights.extents(name, row, num_rows), num_rows)
+        return self._read(self.weights.extents(name, row, num_rows), self.weights.dtype(name), num_rows)
 
-    def _read(self, extents: list[Extent], num_rows: int) -> Tensor:
+    def _read(self, extents: list[Extent], dtype: torch.dtype, num_rows: int) -> Tensor:
         data = bytearray()
         for extent in extents:
             data += self._maps.read(extent)
             self._maps.release(extent)
-        return torch.frombuffer(data, dtype=self.weights.dtype(HF_EMBEDDING)).reshape(num_rows, -1).float()
+        return torch.frombuffer(data, dtype=dtype).reshape(num_rows, -1).float()
 
     @torch.no_grad()
     def logits(self, prompts: list[list[int]]) -> list[Tensor]:
@@ -89,8 +89,7 @@ class StreamedModel:
         if isinstance(self.weights, MegatronWeights):
             return self._fused_layer(self.weights, number)
         prefix = f"model.layers.{number}."
-        names = [name for name in self.weights.names if name.startswith(prefix)]
-        shapes = {name: self.weights.shape(name) for name in names}
+        shapes = {name: dims for name, dims in expected_shapes(self.facts).items() if name.startswith(prefix)}
         return {n.removeprefix(prefix): self._rows(n, 0, shape[0]).reshape(shape) for n, shape in shapes.items()}
 
     def _fused_layer(self, weights: MegatronWeights, number: int) -> dict[str, Tensor]:
@@ -99,7 +98,9 @@ class StreamedModel:
         attention, per_group = "self_attention", facts.num_attention_heads // facts.num_key_value_heads
 
         def stored(name: str, num_rows: int) -> Tensor:
-            return self._read(weights.fused_rows(f"decoder.layers.{name}", number, 0, num_rows), num_rows)
+            key = f"decoder.layers.{name}"
+            dtype = weights.fused_dtype(key, number)
+            return self._read(weights.fused_rows(key, number, 0, num_rows), dtype, num_rows)
 
         found = {
             "input_layernorm.weight": stored(f"{attention}.linear_qkv.layer_norm_weight", facts.hidden_size).flatten(),

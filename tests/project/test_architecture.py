@@ -20,9 +20,11 @@ PACKAGE = "remax_megatron"
 MODULES = {
     "": "ground",  # the package itself: its version
     "atomic": "ground",
+    "downloads": "ground",
     "errors": "ground",
     "flops": "ground",
     "model_facts": "ground",
+    "model_keys": "ground",
     "types": "ground",
     "console": "instruments",
     "gauges": "instruments",
