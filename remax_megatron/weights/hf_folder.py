@@ -262,7 +262,7 @@ def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
         raise FolderError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}; {mend}")
     if extra := sorted(weights.names - expected.keys() - ignorable):
         raise FolderError(
-            f"{weights.folder}: {len(extra)} tensors do not belong to a Qwen2 model, first {extra[0]}; "
+            f"{weights.folder}: {len(extra)} tensors do not belong to a {facts.model_type} model, first {extra[0]}; "
             "remove them, or use the config.json that the weights were saved with"
         )
     for name, dims in expected.items():

@@ -81,18 +81,40 @@ PUBLIC: dict[str, dict[str, Any]] = {
 }
 
 
+QWEN3 = OLD | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 36,
+    "model_type": "qwen3",
+    "rope_scaling": None,
+    "sliding_window": None,
+    "transformers_version": "4.51.0",
+}
+PUBLIC |= {
+    "Qwen3-8B": QWEN3,
+    "Qwen3-4B-Instruct-2507": QWEN3 | {"max_position_embeddings": 262144, "rope_theta": 5000000},
+    "Qwen3-8B, saved by transformers 5": {key: value for key, value in QWEN3.items() if key in NEW}
+    | NEW
+    | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "attention_bias": False},
+}
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_configs_pass_without_a_word(name: str) -> None:
     facts = ModelFacts.from_hf_config(PUBLIC[name], name)
     assert (facts.num_layers, facts.head_dim, facts.vocab_size) == (28, 128, 152064)
-    assert facts.rope_theta == (10000 if "Math" in name or "DeepSeek" in name else 1e6)
+    assert facts.rope_theta == PUBLIC[name].get("rope_theta", 1e6)
     assert facts.unknown_keys == () and facts.note_on_unknown_keys() is None
 
 
 def test_what_transformers_itself_writes_is_known() -> None:
-    from transformers import Qwen2Config
+    from transformers import Qwen2Config, Qwen3Config
 
-    assert ModelFacts.from_hf_config(Qwen2Config(architectures=["Qwen2ForCausalLM"]).to_dict(), "x").unknown_keys == ()
+    for family, written in (("Qwen2", Qwen2Config), ("Qwen3", Qwen3Config)):
+        config = written(architectures=[f"{family}ForCausalLM"]).to_dict()
+        assert ModelFacts.from_hf_config(config, "x").unknown_keys == ()
 
 
 DUAL = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
@@ -159,7 +181,7 @@ def test_known_keys_with_a_value_that_is_not_offered_are_refused(change: dict) -
 
 @pytest.mark.parametrize("change", [{"architectures": ["Qwen2Model"]}, {"model_type": "qwen2", "architectures": 5}])
 def test_a_model_without_head_is_named(change: dict) -> None:
-    with pytest.raises(ModelError, match="not a Qwen2 model.*expected Qwen2ForCausalLM"):
+    with pytest.raises(ModelError, match="not a Qwen2 or Qwen3 model.*expected Qwen2ForCausalLM"):
         ModelFacts.from_hf_config(OLD | change, "x")
 
 

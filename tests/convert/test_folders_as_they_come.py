@@ -118,7 +118,7 @@ def test_names_that_would_no_longer_be_unique_stay(untied: Path, tmp_path: Path)
     twice = changed(untied, tmp_path / "model", lambda t: t | {f"_orig_mod.{n}": t[n].clone() for n in t})
     weights = HfWeights(twice)
     assert len(weights.names) == 2 * len(load(untied)) and not weights.renamed
-    with pytest.raises(FolderError, match=r"27 tensors do not belong to a Qwen2 model, first _orig_mod\."):
+    with pytest.raises(FolderError, match=r"27 tensors do not belong to a qwen2 model, first _orig_mod\."):
         check_folder(weights, ModelFacts.from_folder(twice))
 
 

@@ -25,7 +25,7 @@ from tests.ranks import run_ranks
 from tests.small_models import LAYERS, make_qwen2
 
 TOKENS = [5, 91, 3, 210, 17, 1023, 44, 2, 680, 1, 999, 31]
-PRELOAD = ("remax_megatron.model.qwen2", "remax_megatron.model.live_weights", "megatron.core.dist_checkpointing")
+PRELOAD = ("remax_megatron.model.dense", "remax_megatron.model.live_weights", "megatron.core.dist_checkpointing")
 
 # Rows of padding at TP 1, 2, 4, 8 (to a multiple of 128 x TP), and the shape each vocabulary stands for:
 #   1100      52, 180, 436, 948     some everywhere, a different number each time
@@ -104,8 +104,8 @@ def worlds(waves: Sequence[Sequence[tuple[int, int, int, Any]]]) -> Iterator[tup
 
 def build(hf: Path, layout, dtype: torch.dtype) -> torch.nn.Module:
     """This rank's part of the model, every parameter not a number until it is loaded."""
+    from remax_megatron.model.dense import build_chunks, transformer_config
     from remax_megatron.model.layers import choose_layers
-    from remax_megatron.model.qwen2 import build_chunks, transformer_config
     from remax_megatron.model_facts import ModelFacts
     from remax_megatron.types import Recompute
 

@@ -24,6 +24,7 @@ MODULES = {
     "errors": "ground",
     "flops": "ground",
     "model_facts": "ground",
+    "model_family": "ground",
     "model_keys": "ground",
     "types": "ground",
     "console": "instruments",
