@@ -59,7 +59,7 @@ def make_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
-        max_position_embeddings=512 if rope is None else 64,
+        max_position_embeddings=512 if rope is None else int(rope["factor"] * rope["original_max_position_embeddings"]),
         rope_parameters={"rope_type": "default", "rope_theta": 1e6} | (rope or {}),
         rms_norm_eps=1e-6,
         tie_word_embeddings=tied,

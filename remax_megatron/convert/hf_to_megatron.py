@@ -127,7 +127,7 @@ class _Plan:
                 self._close_file()
             self.jobs.append(self._job(entry, weights, facts))
         empty = object_item(None)
-        for key in extra_state_keys(facts.num_layers):
+        for key in extra_state_keys(facts):
             start = self._reserve(len(empty))
             self._literals.append((start, empty))
             self.objects.append((key, self._in_checkpoint(), start, len(empty)))
