@@ -17,6 +17,7 @@ import torch.distributed as dist
 from remax_megatron.config.load import to_yaml
 from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.data.dataset import PromptDataset, as_it_is, load_prompts
+from remax_megatron.downloads import failed_download
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.sandbox.api import available_protections
@@ -145,18 +146,44 @@ def chat_template(setting: str) -> str:
 
 
 def end_token_ids(model_folder: str, tokenizer) -> list[int]:
-    """The tokens that end an answer: generation_config.json's, and the tokenizer's own end-of-sequence token."""
-    ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    path = Path(model_folder) / "generation_config.json"
-    if path.exists():
-        declared = json.loads(path.read_text()).get("eos_token_id")
-        ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    """The tokens that end an answer: generation_config.json's, and the tokenizer's own end-of-sequence token.
+
+    ConfigError when there is none, or one that the vocabulary of config.json does not have.
+    """
+    key = f"actor_rollout_ref.model.path={model_folder}"
+    vocab_size = ModelFacts.from_folder(model_folder, setting="actor_rollout_ref.model.path").vocab_size
+    ids: set[int] = set()
+    own = tokenizer.eos_token_id
+    for source, declared in (("tokenizer", own), ("generation_config.json", _declared_end(Path(model_folder), key))):
+        for token in declared if isinstance(declared, list) else [] if declared is None else [declared]:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+                raise ConfigError(
+                    f"{key}: the {source} says eos_token_id={declared!r}, expected ids from 0 to {vocab_size - 1}, the "
+                    f"vocabulary of config.json; set eos_token_id in the {source} to the number of the token that ends "
+                    "an answer"
+                )
+            ids.add(token)
     if not ids:
         raise ConfigError(
-            f"actor_rollout_ref.model.path={model_folder}: neither generation_config.json nor the tokenizer names an "
-            "end-of-sequence token; set eos_token_id in generation_config.json"
+            f"{key}: neither generation_config.json nor the tokenizer names an end-of-sequence token; set eos_token_id "
+            "in generation_config.json"
         )
     return sorted(ids)
+
+
+def _declared_end(folder: Path, key: str) -> Any:
+    """What generation_config.json in `folder` says as eos_token_id. ConfigError, about `key`, for a broken file."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return None
+    try:
+        declared = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(declared, dict):
+            raise ValueError(f"it holds a {type(declared).__name__}, expected an object")
+    except (ValueError, OSError, RecursionError) as error:
+        why = failed_download(path) or f"cannot be read ({error}); write it again, or remove it"
+        raise ConfigError(f"{key}: generation_config.json {why}") from error
+    return declared.get("eos_token_id")
 
 
 def local_model_folder(path: str) -> str:

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,14 +61,20 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Cast:
-    """Change of the tensors' type on the way."""
+    """Change of the tensors' types, by name, to one on the way."""
 
-    source: torch.dtype
+    sources: Mapping[str, torch.dtype]
     target: torch.dtype
 
-    def __call__(self, view: memoryview) -> memoryview:
-        tensor = torch.frombuffer(bytearray(view), dtype=self.source).to(self.target)
+    def __call__(self, name: str, view: memoryview) -> memoryview:
+        if self.sources[name] == self.target:
+            return view
+        tensor = torch.frombuffer(bytearray(view), dtype=self.sources[name]).to(self.target)
         return tensor.view(torch.uint8).numpy().data
+
+    def written_bytes(self, name: str, num_bytes: int) -> int:
+        """Count the bytes that `num_bytes` of the tensor `name` become."""
+        return num_bytes // self.sources[name].itemsize * self.target.itemsize
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ class _Writer:
                         left = whole.num_bytes
                     left -= extent.num_bytes
                     view = self.maps.read(extent)
-                    views.append(self.cast(view) if self.cast else view)
+                    views.append(self.cast(name, view) if self.cast else view)
                     states.setdefault(name, xxhash.xxh3_128()).update(views[-1])
                 _write_at(self.handles[job.file], views, offset)
                 offset += sum(view.nbytes for view in views)
@@ -192,11 +198,11 @@ class _Writer:
     def read_back(self, job: Job) -> dict[str, str]:
         """The digests of what the job wrote, from the file."""
         states: dict[str, xxhash.xxh3_128] = {}
-        ratio = self.cast.target.itemsize / self.cast.source.itemsize if self.cast else 1
         for piece in job.pieces():
             offset = piece.offset
             for name, extent in piece.parts:
-                end = offset + int(extent.num_bytes * ratio)
+                size = self.cast.written_bytes(name, extent.num_bytes) if self.cast else extent.num_bytes
+                end = offset + size
                 while offset < end:
                     data = os.pread(self.handles[job.file], min(BLOCK_BYTES, end - offset), offset)
                     states.setdefault(name, xxhash.xxh3_128()).update(data)

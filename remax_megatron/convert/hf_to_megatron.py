@@ -21,7 +21,15 @@ from remax_megatron.convert.command import Command, run_command
 from remax_megatron.convert.copying import Cast, Job, OutputFile, Piece, Report, write_folder
 from remax_megatron.convert.partial_folder import ConversionError
 from remax_megatron.model_facts import ModelFacts
-from remax_megatron.weights.hf_folder import INDEX, HfLayout, HfWeights, check_folder, expected_shapes, side_files
+from remax_megatron.weights.hf_folder import (
+    HF_EMBEDDING,
+    INDEX,
+    HfLayout,
+    HfWeights,
+    check_folder,
+    expected_shapes,
+    side_files,
+)
 from remax_megatron.weights.megatron_folder import TRACKER
 from remax_megatron.weights.tensor_manifest import write_manifest
 from remax_megatron.weights.torch_dist import saved_key
@@ -63,23 +71,27 @@ def convert(
     if output.resolve().is_relative_to(hf.resolve()):
         raise ConversionError(f"--output {output} lies in the folder --hf {hf}; choose one outside of it")
     shapes = expected_shapes(facts)
-    stored = {weights.dtype(name) for name in shapes}
-    if len(stored) > 1:
-        raise ConversionError(f"--hf {hf} holds tensors of types {sorted(map(str, stored))}; save it in one type first")
-    (source_dtype,) = stored
-    target = dtype or source_dtype
+    types = {name: weights.dtype(name) for name in shapes}
+    stored = set(types.values())
+    if dtype is None and len(stored) > 1:
+        raise ConversionError(
+            f"--hf {hf} holds tensors of types {', '.join(sorted(map(str, stored)))}; give the one type that the "
+            f"checkpoint is to have: --dtype {' or '.join(DTYPES)}"
+        )
+    target = dtype or types[HF_EMBEDDING]
     threading.Thread(target=import_metadata_classes, daemon=True).start()  # takes seconds; copying takes no less
-    plan = _Plan(facts, weights, source_dtype, target)
+    plan = _Plan(facts, weights, target)
 
     def finish(folder: Path, digests: dict[str, str]) -> None:
         checkpoint = folder / ITERATION_FOLDER
         for name, content in common_files().items():
             (checkpoint / name).write_bytes(content)
         (checkpoint / ".metadata").write_bytes(metadata(plan.items, plan.objects, target))
-        for name, content in side_files(hf, target if target != source_dtype else None).items():
+        for name, content in side_files(hf, target if stored != {target} else None).items():
             (folder / name).write_bytes(content)
         more: dict[str, Any] = {}
-        if target == source_dtype and weights.names == set(shapes) and HfLayout(weights.files, None).is_sound():
+        as_stored = weights.names == set(shapes) and not weights.renamed and stored == {target}
+        if as_stored and HfLayout(weights.files, None).is_sound():
             index = hf / INDEX
             more["hf_files"] = {name: file.header for name, file in weights.files.items()}
             more["hf_index"] = index.read_bytes().decode() if index.exists() else None
@@ -93,7 +105,7 @@ def convert(
         inputs=[hf / name for name in weights.files],
         started=started,
         finish=finish,
-        cast=None if target == source_dtype else Cast(source_dtype, target),
+        cast=None if stored == {target} else Cast(types, target),
         workers=workers,
         resume=resume,
         title="Hugging Face -> Megatron",
@@ -103,19 +115,19 @@ def convert(
 class _Plan:
     """Where every chunk of the checkpoint goes and which bytes it is made of. Files are relative to the output."""
 
-    def __init__(self, facts: ModelFacts, weights: HfWeights, source: torch.dtype, target: torch.dtype):
+    def __init__(self, facts: ModelFacts, weights: HfWeights, target: torch.dtype):
         self.items: list[Item] = []
         self.objects: list[tuple[str, str, int, int]] = []
         self.jobs: list[Job] = []
         self.files: list[OutputFile] = []
-        self._source, self._target = source, target
+        self._target = target
         self._name, self._size, self._literals = self._next_name(), 0, []
         for entry in weight_table(facts):
             if self._size > MAX_FILE_BYTES:
                 self._close_file()
             self.jobs.append(self._job(entry, weights, facts))
         empty = object_item(None)
-        for key in extra_state_keys(facts.num_layers):
+        for key in extra_state_keys(facts):
             start = self._reserve(len(empty))
             self._literals.append((start, empty))
             self.objects.append((key, self._in_checkpoint(), start, len(empty)))
@@ -197,6 +209,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def body(options: argparse.Namespace) -> int:
         dtype = DTYPES.get(options.dtype)
+        if note := ModelFacts.from_folder(options.hf, setting="--hf").note_on_unknown_keys():
+            print(f"note: {note}")
         report = convert(options.hf, options.output, dtype=dtype, workers=options.workers, resume=options.resume)
         print(f"{options.output}: {report}")
         return 0

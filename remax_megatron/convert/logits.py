@@ -7,15 +7,17 @@ so that an error of the table, which both directions of the converters share, wo
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from remax_megatron.weights.hf_folder import HF_EMBEDDING, HF_HEAD, FolderError, HfWeights
+from remax_megatron.weights.hf_folder import HF_EMBEDDING, HF_HEAD, FolderError, HfWeights, expected_shapes
 from remax_megatron.weights.mapped import Extent, MappedFiles
 from remax_megatron.weights.megatron_folder import MegatronWeights, model_folder, open_model
 
@@ -30,43 +32,46 @@ NUM_IDS = 24  # tokens per prompt where there is no tokenizer
 
 
 class StreamedModel:
-    """A Qwen2 whose weights stay on disk. `logits` needs the memory of one layer in float32."""
+    """A model whose weights stay on disk. `logits` needs the memory of one layer in float32."""
 
     def __init__(self, folder: str | Path):
-        from transformers import Qwen2Config
-        from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
         self.folder = Path(folder)
         self.weights: HfWeights | MegatronWeights
         self.weights, self.facts = open_model(folder)
         values = json.loads((model_folder(folder) / "config.json").read_text())
-        self.config = Qwen2Config.from_dict(values)
+        self.config = self._class("Config").from_dict(values)
         self.config._attn_implementation = "sdpa"
-        self._rotary = Qwen2RotaryEmbedding(self.config)
+        self._rotary = self._class("RotaryEmbedding")(self.config)
         self._maps = MappedFiles()
+
+    def _class(self, name: str) -> Any:
+        """transformers' class `name` of this family, for example Qwen2DecoderLayer."""
+        family = self.facts.family
+        kind = "configuration" if name == "Config" else "modeling"
+        module = f"transformers.models.{family.model_type}.{kind}_{family.model_type}"
+        return getattr(importlib.import_module(module), family.architecture.removesuffix("ForCausalLM") + name)
 
     def _rows(self, name: str, row: int, num_rows: int) -> Tensor:
         """[num_rows, H] in float32."""
-        return self._read(self.weights.extents(name, row, num_rows), num_rows)
+        return self._read(self.weights.extents(name, row, num_rows), self.weights.dtype(name), num_rows)
 
-    def _read(self, extents: list[Extent], num_rows: int) -> Tensor:
+    def _read(self, extents: list[Extent], dtype: torch.dtype, num_rows: int) -> Tensor:
         data = bytearray()
         for extent in extents:
             data += self._maps.read(extent)
             self._maps.release(extent)
-        return torch.frombuffer(data, dtype=self.weights.dtype(HF_EMBEDDING)).reshape(num_rows, -1).float()
+        return torch.frombuffer(data, dtype=dtype).reshape(num_rows, -1).float()
 
     @torch.no_grad()
     def logits(self, prompts: list[list[int]]) -> list[Tensor]:
         """[T, V] in float32 for each prompt of T token ids."""
-        from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
-
         facts = self.facts
         hidden = [torch.cat([self._rows(HF_EMBEDDING, token, 1) for token in ids])[None] for ids in prompts]
         positions = [torch.arange(len(ids))[None] for ids in prompts]
         rotations = [self._rotary(states, place) for states, place in zip(hidden, positions, strict=True)]
         with torch.device("meta"):
-            layer, norm = Qwen2DecoderLayer(self.config, 0), Qwen2RMSNorm(facts.hidden_size, facts.rms_norm_eps)
+            layer = self._class("DecoderLayer")(self.config, 0)
+            norm = self._class("RMSNorm")(facts.hidden_size, facts.rms_norm_eps)
         for number in tqdm(range(facts.num_layers), desc=f"layers of {self.folder}", file=sys.stderr):
             layer.load_state_dict(self._layer(number), assign=True)
             for i, states in enumerate(hidden):
@@ -89,8 +94,7 @@ class StreamedModel:
         if isinstance(self.weights, MegatronWeights):
             return self._fused_layer(self.weights, number)
         prefix = f"model.layers.{number}."
-        names = [name for name in self.weights.names if name.startswith(prefix)]
-        shapes = {name: self.weights.shape(name) for name in names}
+        shapes = {name: dims for name, dims in expected_shapes(self.facts).items() if name.startswith(prefix)}
         return {n.removeprefix(prefix): self._rows(n, 0, shape[0]).reshape(shape) for n, shape in shapes.items()}
 
     def _fused_layer(self, weights: MegatronWeights, number: int) -> dict[str, Tensor]:
@@ -99,7 +103,9 @@ class StreamedModel:
         attention, per_group = "self_attention", facts.num_attention_heads // facts.num_key_value_heads
 
         def stored(name: str, num_rows: int) -> Tensor:
-            return self._read(weights.fused_rows(f"decoder.layers.{name}", number, 0, num_rows), num_rows)
+            key = f"decoder.layers.{name}"
+            dtype = weights.fused_dtype(key, number)
+            return self._read(weights.fused_rows(key, number, 0, num_rows), dtype, num_rows)
 
         found = {
             "input_layernorm.weight": stored(f"{attention}.linear_qkv.layer_norm_weight", facts.hidden_size).flatten(),
@@ -110,7 +116,11 @@ class StreamedModel:
         fc1 = stored("mlp.linear_fc1.weight", 2 * facts.ffn_hidden_size)
         found["mlp.gate_proj.weight"], found["mlp.up_proj.weight"] = fc1[: len(fc1) // 2], fc1[len(fc1) // 2 :]
         head_rows = facts.num_key_value_heads * (per_group + 2) * facts.head_dim
-        for what in ("weight", "bias"):
+        if facts.family.qk_norm:
+            for x in "qk":
+                norm = stored(f"{attention}.{x}_layernorm.weight", facts.head_dim)
+                found[f"self_attn.{x}_norm.weight"] = norm.flatten()
+        for what in ("weight", "bias") if facts.family.qkv_bias else ("weight",):
             heads = stored(f"{attention}.linear_qkv.{what}", head_rows).split(facts.head_dim)
             parts: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
             for i, head in enumerate(heads):

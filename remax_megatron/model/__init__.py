@@ -1,1 +1,1 @@
-"""Qwen2 as a Megatron-Core model: architecture, attention backends, and the table that names its weights."""
+"""Dense models under Megatron-Core: architecture, attention backends, and the table that names its weights."""

@@ -64,15 +64,19 @@ def choose_layers(requested: str, device: torch.device, dtype: torch.dtype) -> s
     return requested
 
 
-def layer_spec(layers: str, attention_backend: str) -> tuple[ModuleSpec, type]:
-    """Megatron's description of one transformer layer, and the class of the final norm."""
+def layer_spec(layers: str, attention_backend: str, *, qk_norm: bool = False) -> tuple[ModuleSpec, type]:
+    """Megatron's description of one transformer layer, and the class of the final norm. With `qk_norm` each head's
+    queries and keys are normalised."""
     if layers == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm), TENorm
     else:
         layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if qk_norm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = core_attention(attention_backend)
     return layer, norm
 

@@ -1,4 +1,4 @@
-"""A Qwen2 model under Megatron that runs packed micro-batches: what policy and reference have in common.
+"""A dense model under Megatron that runs packed micro-batches: what policy and reference have in common.
 
 Everything collective is called by every rank of the run with the same rows; each data-parallel rank works on its
 share of the micro-batches, and results come back on every rank.
@@ -24,9 +24,9 @@ from remax_megatron.algorithm.logprob import head_logprob
 from remax_megatron.batching.packed import PackedBatch, num_shared_tokens, pack, prompt_groups
 from remax_megatron.batching.schedule import Schedule, row_cost, schedule_by_rows, schedule_by_tokens
 from remax_megatron.model.attention import choose_backend, packed_rows
+from remax_megatron.model.dense import build_chunks, transformer_config
 from remax_megatron.model.layers import choose_layers
 from remax_megatron.model.live_weights import load_weights
-from remax_megatron.model.qwen2 import build_chunks, transformer_config
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import watchdog
 from remax_megatron.parallel.layout import Layout

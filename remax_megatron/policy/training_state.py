@@ -29,7 +29,7 @@ from remax_megatron.parallel import watchdog
 from remax_megatron.policy.policy import Policy
 from remax_megatron.weights.hf_folder import FolderError
 from remax_megatron.weights.mapped import MappedFiles
-from remax_megatron.weights.torch_dist import EXTRA_STATES, TorchDist, saved_key
+from remax_megatron.weights.torch_dist import TorchDist, extra_states, saved_key
 from remax_megatron.weights.weight_table import (
     EMBEDDING,
     HEAD,
@@ -114,7 +114,7 @@ class TrainingState:
             rank, _, _ = owner(entry, num_layers, self._layout.pp, self._layout.vpp)
             if rank == self._layout.pp_rank and entry.megatron_name.endswith("linear_proj.weight"):
                 assert entry.layer is not None
-                for name in EXTRA_STATES:
+                for name in extra_states(self._facts):
                     yield f"decoder.layers.{name}._extra_state", (num_layers,), (entry.layer,)
         if self._layout.is_last_stage:
             yield "decoder.final_layernorm._extra_state", (1,), (0,)

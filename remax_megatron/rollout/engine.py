@@ -424,7 +424,7 @@ def _compute_logits_in_float32(worker) -> None:
     """
 
     def apply(layer, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
-        assert bias is None, "a Qwen2 head has no bias"
+        assert bias is None, "a head has no bias"
         if layer.weight.is_cuda:
             return torch.mm(hidden, layer.weight.t(), out_dtype=torch.float32)
         return torch.nn.functional.linear(hidden.float(), layer.weight.float())

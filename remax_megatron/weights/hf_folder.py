@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from remax_megatron.atomic import replacing_folder
+from remax_megatron.downloads import failed_download
 from remax_megatron.errors import UserError
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.weights.mapped import Extent, MappedFiles, blocks
@@ -44,6 +45,11 @@ SIDE_FILES = (
 )
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 AGAIN = "copy or download the folder again"
+# Ends of the names of buffers that some writers store: made from config.json, and not weights.
+BUFFERS = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached"))
+# Parts of names that wrappers put in (torch.compile, FSDP, activation checkpointing; in front also DDP and DeepSpeed).
+WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+BASE_PREFIX = "model."  # of all names but the head's; missing where the model without head was saved
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -95,6 +101,9 @@ class SafetensorsFile:
 class HfWeights:
     """Memory-mapped view of a folder's safetensors.
 
+    Tensors go by the names of the causal language model, also where the file has those of a wrapper around it
+    (`_orig_mod.model...`, `module.model...`) or of the model without its head (`layers.0...`).
+
     FolderError: no safetensors, an index that does not fit the files, or a damaged file.
     """
 
@@ -105,10 +114,7 @@ class HfWeights:
         elif (self.folder / SINGLE).exists():
             weight_map = None
         else:
-            raise FolderError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}; name a Hugging Face folder, or convert the weights "
-                "to safetensors first"
-            )
+            raise FolderError(f"{self.folder} holds neither {SINGLE} nor {INDEX}; {_instead(self.folder)}")
         names = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
         self._open: dict[str, safe_open] = {}
         self.files: dict[str, SafetensorsFile] = {name: self._open_file(name) for name in names}
@@ -120,45 +126,108 @@ class HfWeights:
         for tensor, name in (weight_map or {}).items():
             if self._file_of.get(tensor) != name:
                 raise FolderError(f"{self.folder / name} does not hold {tensor}, which {INDEX} places there; {AGAIN}")
+        self._stored = _by_model_name(self._file_of)
 
     def _open_file(self, name: str) -> SafetensorsFile:
         path = self.folder / name
         if not path.exists():
-            raise FolderError(f"{self.folder}: the index names {name}, which is missing; {AGAIN}")
+            link = " (a link to a file that is not there)" if path.is_symlink() else ""
+            raise FolderError(f"{self.folder}: the index names {name}, which is missing{link}; {AGAIN}")
         try:
             self._open[name] = safe_open(path, framework="pt")  # checks the head against the file's size
             return SafetensorsFile.read(path)
         except (SafetensorError, struct.error, OSError) as error:
-            raise FolderError(f"{path} is not a readable safetensors file: {error}; {AGAIN}") from error
+            why = failed_download(path) or _cut_short(path) or f"{error}; {AGAIN}"
+            raise FolderError(f"{path} is not a readable safetensors file: {_it(why)}") from error
 
     @property
     def names(self) -> set[str]:
         """Return the names of all tensors."""
-        return set(self._file_of)
+        return set(self._stored)
+
+    @property
+    def renamed(self) -> bool:
+        """Tell whether the files call any tensor otherwise than `names` does."""
+        return any(name != stored for name, stored in self._stored.items())
+
+    def _place(self, name: str) -> tuple[SafetensorsFile, str]:
+        """(the file that holds tensor `name`, what it is called there)."""
+        stored = self._stored[name]
+        return self.files[self._file_of[stored]], stored
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
-        return self.files[self._file_of[name]].shapes[name]
+        file, stored = self._place(name)
+        return file.shapes[stored]
 
     def dtype(self, name: str) -> torch.dtype:
         """FolderError for a tensor of another type than float32, bfloat16 or float16."""
-        stored = self.files[self._file_of[name]].dtypes[name]
-        if stored not in DTYPES:
-            raise FolderError(f"{self.folder}: {name} is stored as {stored}, expected one of {', '.join(DTYPES)}")
-        return DTYPES[stored]
+        file, stored = self._place(name)
+        dtype = file.dtypes[stored]
+        if dtype not in DTYPES:
+            raise FolderError(f"{self.folder}: {name} is stored as {dtype}, expected one of {', '.join(DTYPES)}")
+        return DTYPES[dtype]
 
     def get(self, name: str) -> Tensor:
         """The whole tensor, memory-mapped where the platform can."""
-        return self._open[self._file_of[name]].get_tensor(name)
+        stored = self._stored[name]
+        return self._open[self._file_of[stored]].get_tensor(stored)
 
     def extents(self, name: str, row: int = 0, num_rows: int | None = None) -> list[Extent]:
         """Where the bytes of `name` lie, from row `row` on."""
-        file = self.files[self._file_of[name]]
+        file, stored = self._place(name)
         rows = self.shape(name)[0]
-        row_bytes = file.sizes[name] // rows
+        row_bytes = file.sizes[stored] // rows
         num_rows = rows - row if num_rows is None else num_rows
-        path = str(self.folder / self._file_of[name])
-        return [Extent(path, file.offsets[name] + row * row_bytes, num_rows * row_bytes)]
+        path = str(self.folder / self._file_of[stored])
+        return [Extent(path, file.offsets[stored] + row * row_bytes, num_rows * row_bytes)]
+
+
+def _by_model_name(stored: Iterable[str]) -> dict[str, str]:
+    """The name that the causal language model has for each tensor -> the stored one. Names that would not be unique
+    then stay as they are."""
+    stored = list(stored)
+    names = {name: _unwrapped(name) for name in stored}
+    if HF_EMBEDDING.removeprefix(BASE_PREFIX) in names.values():
+        names = {old: new if new == HF_HEAD else BASE_PREFIX + new for old, new in names.items()}
+    if len(set(names.values())) < len(stored):
+        return {name: name for name in stored}
+    return {new: old for old, new in names.items()}
+
+
+def _unwrapped(name: str) -> str:
+    """The name of a tensor without the parts that wrappers put in."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts[:1] == ["module"]:
+        del parts[0]
+    return ".".join(parts)
+
+
+def _it(why: str) -> str:
+    """`why` with a subject, where it is what `failed_download` says."""
+    return f"it {why}" if why.startswith("is ") else why
+
+
+def _cut_short(path: Path) -> str | None:
+    """How much of a safetensors file is there, when its head is whole and its end is missing."""
+    try:
+        expected = SafetensorsFile.read(path).num_bytes
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError, struct.error, OSError):
+        return None
+    size = path.stat().st_size
+    return f"it is cut short, {size} bytes of {expected}; {AGAIN}" if size < expected else None
+
+
+def _instead(folder: Path) -> str:
+    """What to do about a folder without weights, by what it holds instead."""
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "it is an adapter (LoRA): merge it into its base model with peft's merge_and_unload() and save that with "
+            "save_pretrained()"
+        )
+    if shards := sorted(folder.glob("model-*-of-*.safetensors")):
+        return f"{len(shards)} files such as {shards[0].name} are there without it; {AGAIN}"
+    return "name a Hugging Face folder, or convert the weights to safetensors first"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -167,7 +236,9 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("its weight_map has values that are no file names")
         return weight_map
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if why := failed_download(index):
+            raise FolderError(f"{index} {why}") from error
         raise FolderError(f"{index} is damaged: {type(error).__name__}: {error}; {AGAIN}") from error
 
 
@@ -182,14 +253,16 @@ def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
     """FolderError naming the first missing, extra or misshapen tensor of the folder."""
     expected = expected_shapes(facts)
     # Derived or duplicated by some writers; carries nothing of its own.
-    ignorable = {name for name in weights.names if name.endswith("rotary_emb.inv_freq")}
+    ignorable = {name for name in weights.names if name.endswith(BUFFERS)}
     if facts.tied_embeddings:
         ignorable.add(HF_HEAD)
+    _check_side_files(weights.folder)
     if missing := sorted(expected.keys() - weights.names):
-        raise FolderError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}; {AGAIN}")
+        mend = _other_names(weights.names, facts) or AGAIN
+        raise FolderError(f"{weights.folder}: {len(missing)} tensors are missing, first {missing[0]}; {mend}")
     if extra := sorted(weights.names - expected.keys() - ignorable):
         raise FolderError(
-            f"{weights.folder}: {len(extra)} tensors do not belong to a Qwen2 model, first {extra[0]}; "
+            f"{weights.folder}: {len(extra)} tensors do not belong to a {facts.model_type} model, first {extra[0]}; "
             "remove them, or use the config.json that the weights were saved with"
         )
     for name, dims in expected.items():
@@ -207,6 +280,35 @@ def check_folder(weights: HfWeights, facts: ModelFacts) -> None:
                 f"{weights.folder}: config.json ties the embeddings, but {HF_HEAD} differs from {HF_EMBEDDING}; "
                 f"set tie_word_embeddings to false there, or remove {HF_HEAD}"
             )
+
+
+def _check_side_files(folder: Path) -> None:
+    """FolderError when a file that is copied beside the weights is a pointer or a web page instead."""
+    for name in SIDE_FILES:
+        path = folder / name
+        if path.is_file() and path.suffix != ".md" and (why := failed_download(path)):
+            raise FolderError(f"{path} {why}")
+
+
+def _other_names(names: set[str], facts: ModelFacts) -> str | None:
+    """What to do about a folder in which tensors are missing because of one thing about all its names, else None."""
+    if any(".lora_A." in name or ".base_layer." in name for name in names):
+        return (
+            "it holds an adapter (LoRA) around the model; merge it with peft's merge_and_unload() and save the result "
+            "with save_pretrained()"
+        )
+    embedding = min((name for name in names if name.endswith("." + HF_EMBEDDING)), key=len, default=None)
+    if embedding is not None:
+        return (
+            f"it holds {embedding} and so on, with the prefix {embedding.removesuffix(HF_EMBEDDING)!r} of a model "
+            "around the language model; save the language model alone"
+        )
+    if HF_EMBEDDING in names and HF_HEAD not in names and not facts.tied_embeddings:
+        return (
+            "config.json says tie_word_embeddings=false: use the folder of the whole causal language model, or set "
+            "tie_word_embeddings to true if the head is the embedding"
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,17 @@ class MegatronWeights:
 
     def fused_rows(self, key: str, layer: int | None, row: int, num_rows: int) -> list[Extent]:
         """Rows of a tensor as Megatron stores it, under its own name."""
+        return self._stored.rows(*self._fused_key(key, layer), row, row + num_rows)
+
+    def fused_dtype(self, key: str, layer: int | None) -> torch.dtype:
+        """Return the type of a tensor as Megatron stores it, under its own name."""
+        return self._stored.tensors[self._fused_key(key, layer)[0]].dtype
+
+    def _fused_key(self, key: str, layer: int | None) -> tuple[str, int | None]:
+        """(key, layer within it) of Megatron's name for a tensor of a layer."""
         if layer is not None and not self._stacked:
-            key, layer = key.replace("decoder.layers.", f"decoder.layers.{layer}."), None
-        return self._stored.rows(key, layer, row, row + num_rows)
+            return key.replace("decoder.layers.", f"decoder.layers.{layer}."), None
+        return key, layer
 
     @property
     def names(self) -> set[str]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from remax_megatron.model_facts import ModelFacts
 from remax_megatron.weights.hf_folder import FolderError
 from remax_megatron.weights.mapped import Extent, MappedFiles
 from remax_megatron.weights.weight_table import TE_NAMES, WeightEntry
@@ -60,6 +61,12 @@ PICKLE_ERRORS: tuple[type[Exception], ...] = (
     ArithmeticError,
     MemoryError,
 )
+
+
+def extra_states(facts: ModelFacts) -> tuple[str, ...]:
+    """Modules of a layer for which Megatron asks for an object without weights (Transformer Engine's, and its own)."""
+    norms = ("self_attention.q_layernorm", "self_attention.k_layernorm") if facts.family.qk_norm else ()
+    return (*EXTRA_STATES, *norms)
 
 
 def saved_key(entry: WeightEntry) -> str:

@@ -16,18 +16,19 @@ from typing import Any, cast
 
 import torch
 
-from remax_megatron.weights.torch_dist import EXTRA_STATES
+from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.torch_dist import extra_states
 from remax_megatron.weights.weight_table import FINAL_NORM
 
 ITEM_ALIGNMENT = 64  # bytes; torch.save aligns the data to it within an item
 
 
-def extra_state_keys(num_layers: int) -> list[str]:
+def extra_state_keys(facts: ModelFacts) -> list[str]:
     """Return the names of Megatron's extra states, which hold no weights."""
     layers = [
-        f"decoder.layers.{name}._extra_state/shard_{layer}_{num_layers}"
-        for layer in range(num_layers)
-        for name in EXTRA_STATES
+        f"decoder.layers.{name}._extra_state/shard_{layer}_{facts.num_layers}"
+        for layer in range(facts.num_layers)
+        for name in extra_states(facts)
     ]
     return [*layers, f"{FINAL_NORM.removesuffix('.weight')}._extra_state/shard_0_1"]
 

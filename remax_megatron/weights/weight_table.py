@@ -1,4 +1,4 @@
-"""The one weight table: every Qwen2 tensor under its Hugging Face names and its Megatron name, and how it is cut.
+"""The one weight table: every tensor of a model under its Hugging Face names and its Megatron name, and how it is cut.
 
 Pure: tensors in, tensors out; no groups, no Megatron import. The policy's loading, the weight sync into the rollout
 engine and the export all go through it.
@@ -56,6 +56,14 @@ def weight_table(facts: ModelFacts) -> list[WeightEntry]:
     vocab = ((facts.vocab_size, hidden),)
     norm = ((hidden,),)
     q, k, v = (f"self_attn.{x}_proj" for x in "qkv")
+    family: list[tuple[str, str, tuple[str, ...], tuple[tuple[int, ...], ...]]] = []
+    if facts.family.qkv_bias:
+        biases = (f"{q}.bias", f"{k}.bias", f"{v}.bias")
+        family.append(("self_attention.linear_qkv.bias", "qkv", biases, ((q_rows,), (kv_rows,), (kv_rows,))))
+    if facts.family.qk_norm:
+        for x in "qk":
+            hf_name, width = f"self_attn.{x}_norm.weight", (facts.head_dim,)
+            family.append((f"self_attention.{x}_layernorm.weight", "replicated", (hf_name,), (width,)))
     per_layer = (
         ("input_layernorm.weight", "replicated", ("input_layernorm.weight",), norm),
         (
@@ -64,12 +72,7 @@ def weight_table(facts: ModelFacts) -> list[WeightEntry]:
             (f"{q}.weight", f"{k}.weight", f"{v}.weight"),
             ((q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)),
         ),
-        (
-            "self_attention.linear_qkv.bias",
-            "qkv",
-            (f"{q}.bias", f"{k}.bias", f"{v}.bias"),
-            ((q_rows,), (kv_rows,), (kv_rows,)),
-        ),
+        *family,
         ("self_attention.linear_proj.weight", "row", ("self_attn.o_proj.weight",), ((hidden, q_rows),)),
         ("pre_mlp_layernorm.weight", "replicated", ("post_attention_layernorm.weight",), norm),
         (

@@ -758,16 +758,53 @@ def test_facts_of_both_transformers_generations():
     assert ModelFacts.from_hf_config(new, "x").rope_theta == 5e5
 
 
+QWEN3 = QWEN2 | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 64}
+
+
+def test_facts_of_qwen3():
+    """Heads are as wide as config.json says, 128 where it says nothing; hidden_size need not be a multiple of them."""
+    facts = ModelFacts.from_hf_config(QWEN3 | {"hidden_size": 130, "attention_bias": False}, "x")
+    assert (facts.model_type, facts.head_dim, facts.hidden_size, facts.num_attention_heads) == ("qwen3", 64, 130, 4)
+    assert facts.family.qk_norm and not facts.family.qkv_bias
+    assert ModelFacts.from_hf_config({k: v for k, v in QWEN3.items() if k != "head_dim"}, "x").head_dim == 128
+    two = ModelFacts.from_hf_config(QWEN2, "x").family
+    assert two.qkv_bias and not two.qk_norm
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "not a Qwen2 model.*llama.*Qwen2ForCausalLM"),
+        ({"attention_bias": True}, "attention_bias=true, which this trainer does not offer"),
+        ({"head_dim": None}, "head_dim=None, expected a positive integer"),
+        ({"head_dim": 33}, "head_dim=33, but the rotary embedding takes heads of an even width"),
+        ({"use_sliding_window": True, "sliding_window": 4096}, "no row is longer than sliding_window=4096"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "not a Qwen2 or Qwen3 model.*Qwen3ForSequence"),
+    ],
+)
+def test_other_qwen3_models_are_refused_by_name(change, words):
+    with pytest.raises(ModelError, match=f"^DIR=x.*{words}"):
+        ModelFacts.from_hf_config(QWEN3 | change, "x", "DIR")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+            "not a Qwen2 or.*llama.*Qwen2ForCausalLM",
+        ),
         ({"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"]}, "mixture-of-experts"),
-        ({"architectures": ["Qwen2ForSequenceClassification"]}, "not a Qwen2 model"),
-        ({"model_type": None}, "not a Qwen2 model"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "not a Qwen2 or Qwen3 model"),
+        ({"model_type": None}, "not a Qwen2 or Qwen3 model"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised model.*gptq"),
-        ({"use_sliding_window": True}, "use_sliding_window=true"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope scaling \(yarn\)"),
+        ({"use_sliding_window": True}, "use_sliding_window=true.*whole rows; set it to false if no row"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, r"rope scaling \(linear\)"),
+        ({"model_type": "qwen3"}, "not a Qwen2 or Qwen3 model.*qwen3.*Qwen2ForCausalLM"),
+        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "mixture-of-experts"),
+        ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "vision-language"),
+        ({"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}, "vision-language"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3, which does not divide num_attention_heads=4"),
+        ({"num_attention_heads": 128}, "head_dim=1, but the rotary embedding takes heads of an even width"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"num_hidden_layers": None}, "num_hidden_layers=None, expected a positive integer"),
         ({"hidden_size": 130}, "hidden_size=130, not a multiple of num_attention_heads=4"),

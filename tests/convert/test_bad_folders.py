@@ -153,14 +153,14 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(payload("os", "system", f"touch {folder}/marker"))
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
 UNREADABLE = "not a readable safetensors file"
 HF_DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "missing tensor": (tensors(model__norm__weight=None), ["1 tensors are missing", NORM]),
     "extra tensor": (tensors(model__extra=torch.zeros(2)), ["1 tensors do not belong", "model.extra"]),
     "wrong shape": (tensors(model__norm__weight=torch.zeros(7)), [NORM, "(7,)", "(128,)"]),
     "integer tensor": (tensors(model__norm__weight=torch.zeros(128, dtype=torch.int8)), [NORM, "I8", "F32"]),
-    "mixed types": (tensors(model__norm__weight=torch.zeros(128).bfloat16()), ["float32", "bfloat16", "one type"]),
+    "mixed types": (tensors(model__norm__weight=torch.zeros(128).bfloat16()), ["float32", "bfloat16", "--dtype"]),
     "truncated": (shorten, [SINGLE, UNREADABLE]),
     "garbage": (text(SINGLE, b"\xff" * 5000), [SINGLE, UNREADABLE]),
     "empty": (text(SINGLE, b""), [SINGLE, UNREADABLE]),
@@ -175,12 +175,14 @@ HF_DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "no config": (without("config.json"), ["--hf", "no config.json"]),
     "config cut": (text("config.json", '{"model_type"'), ["config.json cannot be read"]),
     "config: a list": (text("config.json", "[]"), ["config.json holds a list"]),
-    "llama": (config(model_type="llama", architectures=["LlamaForCausalLM"]), ["not a Qwen2 model", "llama"]),
-    "architecture: number": (config(architectures=5), ["not a Qwen2 model"]),
+    "llama": (config(model_type="llama", architectures=["LlamaForCausalLM"]), ["not a Qwen2 or Qwen3 model", "llama"]),
+    "architecture: number": (config(architectures=5), ["not a Qwen2 or Qwen3 model"]),
     "moe": (config(model_type="qwen2_moe", architectures=["Qwen2MoeForCausalLM"]), ["mixture-of-experts"]),
+    "vision": (config(model_type="qwen2_vl", architectures=["Qwen2VLForConditionalGeneration"]), ["vision-language"]),
+    "qwen3 moe": (config(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"]), ["mixture-of-experts"]),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), ["quantised", "gptq"]),
-    "rope scaling": (config(rope_scaling=YARN), ["rope scaling (yarn)"]),
-    "rope parameters": (config(rope_parameters=YARN), ["rope scaling (yarn)"]),
+    "rope scaling": (config(rope_scaling=LINEAR, rope_parameters=None), ["rope scaling (linear)"]),
+    "rope parameters": (config(rope_parameters=LINEAR), ["rope scaling (linear)"]),
     "theta: a word": (config(rope_theta="much"), ["rope_theta", "much"]),
     "no layers": (config(num_hidden_layers=0), ["num_hidden_layers=0"]),
     "tied, other head": (config(tie_word_embeddings=True), ["lm_head.weight differs", "tie_word_embeddings"]),

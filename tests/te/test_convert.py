@@ -15,12 +15,16 @@ from remax_megatron.weights.megatron_folder import TRACKER
 from remax_megatron.weights.torch_dist import TorchDist
 from tests.convert.test_layouts import PRELOAD, bits, build, worlds
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import YARN, make_qwen2, make_qwen3
 
-MODELS = {"tied": dict(tied=True, vocab=1100, kv=2), "untied": dict(tied=False, vocab=12 * 128, kv=4)}
+MODELS = {
+    "tied": (make_qwen2, dict(tied=True, vocab=1100, kv=2)),
+    "untied": (make_qwen2, dict(tied=False, vocab=12 * 128, kv=4)),
+    "qwen3": (make_qwen3, dict(tied=False, vocab=1100, kv=2, rope=YARN)),
+}
 WAVES = [  # of (tp, pp, dp, models in the order of loading), 8 ranks each
-    [(4, 2, 1, ("tied", "untied"))],
-    [(4, 1, 1, ("untied", "tied")), (2, 2, 1, ("tied", "untied"))],
+    [(4, 2, 1, ("tied", "untied", "qwen3"))],
+    [(4, 1, 1, ("untied", "tied")), (2, 2, 1, ("tied", "qwen3", "untied"))],
     [(2, 1, 1, ("tied", "untied")), (1, 2, 1, ("untied", "tied")), (1, 1, 1, ("tied", "untied"))] + [(1, 1, 3, ())],
 ]
 CASES = [(tp, pp, name) for wave in WAVES for tp, pp, _, names in wave for name in names]
@@ -59,8 +63,8 @@ def worker(folder: Path) -> list[str]:
 def saved(tmp_path_factory) -> tuple[Path, list[list[str]]]:
     """The folder with both models in both formats and, as MODEL-TP-PP, what Megatron saved; what the ranks returned."""
     folder = tmp_path_factory.mktemp("convert")
-    for seed, (name, settings) in enumerate(MODELS.items()):
-        hf = make_qwen2(folder / name / "hf", heads=8, seed=seed, **settings)
+    for seed, (name, (make, settings)) in enumerate(MODELS.items()):
+        hf = make(folder / name / "hf", heads=8, seed=seed, **settings)
         hf_to_megatron(hf, folder / name / "megatron")
     different = run_ranks("tests.te.test_convert:worker", 8, folder, preload=PRELOAD)
     for tp, pp, name in CASES:

@@ -13,7 +13,7 @@ import torch
 from remax_megatron.types import Recompute
 from tests.policy.test_exactness import recorded_rows, relative_difference
 from tests.ranks import run_ranks
-from tests.small_models import make_qwen2
+from tests.small_models import YARN, make_qwen2, make_qwen3
 
 TE, LOCAL = "transformer_engine", "local"
 MODES = {  # layers, recompute, weight gradients fused
@@ -75,14 +75,22 @@ def folder(tmp_path_factory) -> str:
     return str(make_qwen2(tmp_path_factory.mktemp("layers") / "model", tied=False, std=0.03))
 
 
+@pytest.fixture(scope="module", params=["qwen2", "qwen3"])
+def gradient_folder(folder, request, tmp_path_factory) -> str:
+    """A model whose gradients are compared: that of `folder`, and a Qwen3 with YaRN."""
+    if request.param == "qwen2":
+        return folder
+    return str(make_qwen3(tmp_path_factory.mktemp("layers") / "qwen3", tied=False, std=0.03, heads=4, rope=YARN))
+
+
 @pytest.fixture(scope="module")
-def alone(folder) -> list[dict[str, torch.Tensor]]:
-    return run_ranks("tests.te.test_layers:gradient_worker", 1, {"folder": folder, "world": 1})[0]
+def alone(gradient_folder) -> list[dict[str, torch.Tensor]]:
+    return run_ranks("tests.te.test_layers:gradient_worker", 1, {"folder": gradient_folder, "world": 1})[0]
 
 
 @pytest.mark.parametrize("world", CASES)
-def test_gradients_are_those_of_the_local_layers(world, folder, alone):
-    payload = {"folder": folder, "world": world}
+def test_gradients_are_those_of_the_local_layers(world, gradient_folder, alone):
+    payload = {"folder": gradient_folder, "world": world}
     found = alone if world == 1 else run_ranks("tests.te.test_layers:gradient_worker", world, payload)[0]
     for case, gradient in zip(CASES[world], found, strict=True):
         difference = relative_difference(alone[0], gradient)

@@ -231,7 +231,7 @@ def test_missing_tensor(folder: Path) -> None:
 def test_extra_tensor(folder: Path) -> None:
     rewrite(folder, model__layers__0__self_attn__o_proj__bias=torch.zeros(128))
     with pytest.raises(
-        FolderError, match=r"1 tensors do not belong to a Qwen2 model, first model\.layers\.0\.self_attn\.o_proj\.bias"
+        FolderError, match=r"1 tensors do not belong to a qwen2 model, first model\.layers\.0\.self_attn\.o_proj\.bias"
     ):
         check(folder)
 

@@ -36,7 +36,10 @@ def validate(config: Config, world_size: int, model: ModelFacts | None) -> list[
     if model is not None:
         for model_check in MODEL_RULES:
             model_check(setup, model)
-    return [note for look in REMARKS for note in look(setup)]
+    notes = [note for look in REMARKS for note in look(setup)]
+    if model is not None and (note := model.note_on_unknown_keys()):
+        notes.append(f"actor_rollout_ref.model.path={config.actor_rollout_ref.model.path}: {note}")
+    return notes
 
 
 def validate_files(config: Config) -> None:

@@ -1,7 +1,8 @@
-"""Qwen2 / Qwen2.5 as Megatron-Core `GPTModel` chunks whose output is the hidden states before the head.
+"""A dense model as Megatron-Core `GPTModel` chunks whose output is the hidden states before the head.
 
 The head is applied by `remax_megatron.algorithm.logprob` to the scored positions only, so the logits of a whole
-micro-batch never exist. Weights come from `remax_megatron.model.live_weights`.
+micro-batch never exist. Weights come from `remax_megatron.model.live_weights`. What one family of models has and
+another has not is in `remax_megatron/model_family.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from remax_megatron.model.attention import PackedRows
 from remax_megatron.model.layers import layer_spec
+from remax_megatron.model.rotary import inverse_frequencies, softmax_scale
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
@@ -70,18 +72,7 @@ def transformer_config(
     attention_backend  a result of `choose_backend`
     """
     fields: dict[str, Any] = dict(
-        num_layers=facts.num_layers,
-        hidden_size=facts.hidden_size,
-        ffn_hidden_size=facts.ffn_hidden_size,
-        num_attention_heads=facts.num_attention_heads,
-        num_query_groups=facts.num_key_value_heads,
-        kv_channels=facts.head_dim,
-        layernorm_epsilon=facts.rms_norm_eps,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=True,
+        **_architecture(facts),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -112,6 +103,26 @@ def transformer_config(
     return TransformerConfig(**fields)
 
 
+def _architecture(facts: ModelFacts) -> dict[str, Any]:
+    """Megatron's settings for what `facts` say."""
+    return dict(
+        num_layers=facts.num_layers,
+        hidden_size=facts.hidden_size,
+        ffn_hidden_size=facts.ffn_hidden_size,
+        num_attention_heads=facts.num_attention_heads,
+        num_query_groups=facts.num_key_value_heads,
+        kv_channels=facts.head_dim,
+        layernorm_epsilon=facts.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=facts.family.qkv_bias,
+        qk_layernorm=facts.family.qk_norm,  # has their gradients summed over tensor-parallel ranks
+        softmax_scale=softmax_scale(facts),
+    )
+
+
 def _recompute_fields(recompute: Recompute) -> dict[str, Any]:
     """Megatron's settings for what the backward pass computes again."""
     if recompute.granularity == "full":
@@ -126,7 +137,8 @@ def build_chunks(
     facts: ModelFacts, config: TransformerConfig, layout: Layout, layers: str, attention_backend: str
 ) -> list[HiddenStatesModel]:
     """This rank's model chunks (one per virtual stage), weights not yet set, on `layout.device`."""
-    layer, norm = layer_spec(layers, attention_backend)
+    layer, norm = layer_spec(layers, attention_backend, qk_norm=facts.family.qk_norm)
+    frequencies = inverse_frequencies(facts)
     chunks = []
     for stage in range(layout.vpp):
         vp_stage = stage if layout.vpp > 1 else None
@@ -145,5 +157,6 @@ def build_chunks(
             parallel_output=True,
             vp_stage=vp_stage,
         )
+        chunk.rotary_pos_emb.inv_freq = frequencies.to(chunk.rotary_pos_emb.inv_freq.device)
         chunks.append(chunk.to(layout.device))
     return chunks
