@@ -2,8 +2,9 @@
 
     python -m remax_megatron.demo.prepare [--folder DIR] [--num_steps N] [--family qwen2|qwen3]
 
-writes DIR/policy (a Hugging Face folder; DIR/policy_qwen3 of the other family) and DIR/data/{train,test}.parquet, each folder whole or not at all. The presets
-`demo` and `demo_qwen3` read them from the default DIR. It takes one to two minutes on two cores; when both are there, a second or two.
+writes DIR/policy (a Hugging Face folder; DIR/policy_qwen3 of the other family) and DIR/data/{train,test}.parquet, each
+folder whole or not at all. The presets `demo` and `demo_qwen3` read them from the default DIR. It takes one to two
+minutes on two cores; when both are there, a second or two.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def train_policy(
     progress: bool = True,
     family: str = "qwen2",
 ) -> PreTrainedModel:
-    """A fresh model of `family` after `num_steps` steps of AdamW (short warm-up, cosine decay to 5 %) in float32 on a CPU.
+    """A fresh model of `family` after `num_steps` steps of AdamW (short warm-up, cosine decay to 5 %), float32, CPU.
 
     The caller's random state is left as it was. Raises ValueError when the vocabulary is not the config's.
     """
