@@ -45,15 +45,10 @@ class Inputs:
 
 def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
     """Find (or make, or download) model and data, and read them. UserError for whatever does not fit."""
-    from transformers import AutoTokenizer
-
     refuse_inputs_inside(config)
     folder = local_model_folder(config.actor_rollout_ref.model.path)
     open_weights(folder, facts)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # what damaged or missing tokenizer files raise
-        raise ConfigError(f"actor_rollout_ref.model.path={folder}: the tokenizer cannot be read: {error}") from error
+    tokenizer = read_tokenizer(folder)
     template = config.actor_rollout_ref.model.custom_chat_template
     if template is not None:
         tokenizer.chat_template = chat_template(template)
@@ -65,6 +60,25 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
     train, val = read_prompts(config, tokenizer, facts.vocab_size)
     check_rewards(config, {*train.sources, *(val.sources if val else ())})
     return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val)
+
+
+def read_tokenizer(folder: str) -> Any:
+    """The tokenizer in the model's folder. ConfigError when it cannot be read, or has no vocabulary."""
+    from transformers import AutoTokenizer
+
+    key = f"actor_rollout_ref.model.path={folder}"
+    files = "tokenizer.json (or vocab.json and merges.txt), and tokenizer_config.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        knows_words = bool(set(tokenizer.encode("What is 2 + 3?")) - set(tokenizer.all_special_ids))
+    except Exception as error:  # damaged or missing files raise many things, also some of the tokenizers' own
+        raise ConfigError(
+            f"{key}: the tokenizer cannot be read: {error} ({type(error).__name__}); look at {files}, or download the "
+            "folder again"
+        ) from error
+    if not knows_words:
+        raise ConfigError(f"{key}: the tokenizer has no vocabulary; the folder needs {files}")
+    return tokenizer
 
 
 def read_prompts(config: Config, tokenizer: Any, vocab_size: int) -> tuple[PromptDataset, PromptDataset | None]:
@@ -136,6 +150,8 @@ def chat_template(setting: str) -> str:
     """The template that actor_rollout_ref.model.custom_chat_template is, or is the file of."""
     if "{" in setting:
         return setting
+    if not setting.strip():
+        raise ConfigError("actor_rollout_ref.model.custom_chat_template is empty; set it to null, a template or a file")
     try:
         return Path(setting).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -30,6 +30,7 @@ from remax_megatron.config.as_written import compose_preset, parse_override, val
 from remax_megatron.config.schema import ACTOR, SETTINGS, Config, ConfigError
 from remax_megatron.config.setting import set_value, type_words, value_of
 from remax_megatron.config.verl import Translated, translate
+from remax_megatron.data_files import expanded
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def _map_alias(config: Config, alias: str, key: str, set_by_user: set[str]) -> s
 def _expand_user(value: Any) -> Any:
     if isinstance(value, list):
         return [_expand_user(item) for item in value]
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~") else value
+    return str(expanded(value)) if isinstance(value, str) and value.startswith("~") else value
 
 
 # Keys, types and messages --------------------------------------------------------------------------------------------

@@ -132,12 +132,15 @@ def load_prompts(
             f"no data files: {names} holds none; name at least one .parquet, .json or .jsonl file in data.train_files"
         )
     problems = _Problems()
-    rows = _Rows(problems, prompt_key, ground_truth)
+    rows = _Rows(problems, prompt_key, ground_truth, continue_final_message)
     for path in paths:
         for place, row in read_rows(path, prompt_key):
             rows.add(place, row)
     if not problems.num_rows:
         raise DataError(f"{names}: no rows")
+    own = {"tokenize", "add_generation_prompt", "continue_final_message", "conversation", "messages"}
+    if taken := sorted(own & set(template_kwargs or {})):
+        raise DataError(f"data.apply_chat_template_kwargs has {', '.join(taken)}, which the trainer sets; leave it out")
     render = _Renderer(tokenizer, continue_final_message, template_kwargs or {})
     fit = _Fit(max_prompt_length, filter_overlong_prompts, truncation)
     prompts = []
@@ -149,7 +152,10 @@ def load_prompts(
     problems.refuse(names)
     fit.report(names)
     num_left_out = len(rows.prompts) - len(prompts)
-    return PromptDataset(prompts, problems.num_rows, num_left_out, fit.num_truncated, rows.notes(names))
+    notes = rows.notes(names)
+    if len({prompt.token_ids for prompt in prompts}) == 1 and any(one.turns != prompts[0].turns for one in prompts):
+        notes.append(f"{names}: all {len(prompts)} prompts have the same tokens; look at the chat template")
+    return PromptDataset(prompts, problems.num_rows, num_left_out, fit.num_truncated, notes)
 
 
 class _Problems:
@@ -176,11 +182,12 @@ class _Problems:
 class _Rows:
     """The rows that can be read, as prompts without tokens."""
 
-    def __init__(self, problems: _Problems, prompt_key: str, ground_truth: GroundTruth):
+    def __init__(self, problems: _Problems, prompt_key: str, ground_truth: GroundTruth, continues: bool):
         self._problems, self._prompt_key, self._ground_truth = problems, prompt_key, ground_truth
+        self._continues = continues
         self.places: list[str] = []
         self.prompts: list[Prompt] = []
-        self._num_as_text = self._num_changed = 0
+        self._num_as_text = self._num_changed = self._num_half_said = 0
 
     def add(self, place: str, row: Mapping[str, Any] | DataError) -> None:
         self._problems.num_rows += 1
@@ -196,9 +203,11 @@ class _Rows:
         source, given = row["data_source"], row["reward_model"] and row["reward_model"]["ground_truth"]
         if not isinstance(source, str):
             raise DataError(f"{place}: data_source must be text, found {source!r}")
+        if not source.strip() or not source.isprintable():
+            raise DataError(f"{place}: data_source={source!r} is no name; write the name of the data set")
         if given is None:
             raise DataError(f"{place}: reward_model.ground_truth is empty")
-        extra_info = row.get("extra_info") or {}
+        extra_info = {} if row.get("extra_info") is None else row["extra_info"]
         if not isinstance(extra_info, Mapping):
             raise DataError(f"{place}: extra_info must be an object, found {extra_info!r}")
         turns = as_messages(row[self._prompt_key], place, self._prompt_key)
@@ -206,6 +215,7 @@ class _Rows:
             truth = self._ground_truth(source, given)
         except UserError as error:
             raise DataError(f"{place}: {error}") from error
+        self._num_half_said += turns[-1]["role"] == "assistant" and not self._continues
         self._num_as_text += is_turns_in_text(row[self._prompt_key])
         self._num_changed += isinstance(given, str) and truth != given
         return Prompt(index, (), source, truth, dict(extra_info), turns)
@@ -214,6 +224,11 @@ class _Rows:
         notes = []
         if self._num_as_text:
             notes.append(f"{names}: {self._num_as_text} prompts are JSON text and were read as the list of turns in it")
+        if self._num_half_said:
+            notes.append(
+                f"{names}: {self._num_half_said} prompts end in a turn of the assistant, after which a new one begins; "
+                "data.continue_final_message=True continues it"
+            )
         if self._num_changed:
             notes.append(f"{names}: {self._num_changed} ground truths were brought into the form of their scorer")
         return notes

@@ -18,18 +18,22 @@ import pyarrow.parquet as pq
 from remax_megatron.data.schema import DataError
 from remax_megatron.data_files import SUFFIXES
 
+NOT_READ = ("images", "videos", "audios", "multi_modal_data", "tools")
+NO_TEXT = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PAR1": "parquet"}
 Row = tuple[str, dict[str, Any] | DataError]  # the place for messages, and the row
 
 
 def read_rows(path: Path, prompt_key: str) -> Iterator[Row]:
     """Each row of the file at `path`, with the columns that a prompt needs."""
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path, prompt_key)
-    elif path.suffix in SUFFIXES:
-        for place, row in _read_json(path):
-            yield place, row if isinstance(row, DataError) else _with_columns(row, place, prompt_key)
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        rows = _read_parquet(path, prompt_key)
+    elif suffix in SUFFIXES:
+        rows = _read_json(path)
     else:
         raise DataError(f"{path}: unknown kind of file {path.suffix!r}; use .parquet, .json or .jsonl")
+    for place, row in rows:
+        yield place, row if isinstance(row, DataError) else _with_columns(row, place, prompt_key)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
@@ -39,7 +43,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:  # also a UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # also a UnicodeDecodeError
             yield number, DataError(f"{path}:{number}: not JSON: {error}")
             continue
         yield number, value if isinstance(value, dict) else _not_an_object(f"{path}:{number}", value)
@@ -59,6 +63,15 @@ def as_messages(value: Any, place: str, prompt_key: str = "prompt") -> list[dict
     for turn in value:
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
             raise DataError(f"{place}: each turn of {prompt_key} needs the texts 'role' and 'content', found {turn!r}")
+    for turn in value:
+        if more := sorted(
+            name for name in turn if name not in ("role", "content") and turn[name] not in (None, [], "")
+        ):
+            raise DataError(f"{place}: a turn of {prompt_key} has {', '.join(more)}, which is not read; leave it out")
+        try:
+            turn["content"].encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place}: {prompt_key} holds half of a character ({error}); repair the text") from error
     if not any(turn["content"].strip() for turn in value):
         raise DataError(f"{place}: {prompt_key} is empty; write its text, or leave the row out")
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
@@ -87,29 +100,40 @@ def _objects(text: str) -> list[dict[str, Any]] | None:
     """The JSON list of objects that `text` is; None where it is none."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value) else None
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    for mark, kind in NO_TEXT.items():
+        if content.startswith(mark):
+            raise DataError(f"{path}: is {kind}, not UTF-8 text; convert it, or give it the name of what it is")
+    return content.removeprefix(b"\xef\xbb\xbf")  # the mark that some editors put before UTF-8
 
 
 def _with_columns(row: dict[str, Any], place: str, prompt_key: str) -> dict[str, Any] | DataError:
     reward_model = row.get("reward_model")
     fields = set(reward_model) if isinstance(reward_model, dict) else set()
+    if unread := [name for name in NOT_READ if row.get(name) is not None and len(row[name])]:
+        return DataError(f"{place}: has {', '.join(unread)}, which a model of text alone does not read; leave it out")
     return _missing_column(place, set(row), fields, prompt_key) or row
 
 
 def _missing_column(place: str, columns: set[str], reward_model_fields: set[str], prompt_key: str) -> DataError | None:
-    found = columns | {f"reward_model.{field}" for field in reward_model_fields}
+    found = (columns - {"reward_model.ground_truth"}) | {f"reward_model.{field}" for field in reward_model_fields}
     for needed in (prompt_key, "data_source", "reward_model.ground_truth"):
         if needed not in found:
             fix = "; data.prompt_key names the prompt's column" if needed == prompt_key else ""
+            if needed in columns:
+                return DataError(
+                    f"{place}: 'reward_model.ground_truth' is a column of its own; nest it: "
+                    '{"reward_model": {"ground_truth": ...}}'
+                )
             return DataError(f"{place}: no column {needed!r}; found: {', '.join(sorted(found)) or 'none'}{fix}")
     return None
 
@@ -118,13 +142,18 @@ def _read_parquet(path: Path, prompt_key: str) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:  # where the file has checksums
             schema = file.schema_arrow
+            wanted = (prompt_key, "data_source", "reward_model", "extra_info", *NOT_READ)
+            columns = [c for c in wanted if c in schema.names]
+            if twice := [c for c in columns if schema.names.count(c) > 1]:
+                raise DataError(f"{path}: has several columns {twice[0]!r}; keep one")
             reward_model = schema.field("reward_model").type if "reward_model" in schema.names else pa.null()
             fields = {f.name for f in reward_model} if pa.types.is_struct(reward_model) else set()
             if missing := _missing_column(str(path), set(schema.names), fields, prompt_key):
                 raise missing
-            columns = [c for c in (prompt_key, "data_source", "reward_model", "extra_info") if c in schema.names]
-            rows = file.read(columns=columns).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # corrupt (any of them), cut, missing, a folder
+            rows = file.read(columns=columns).to_pylist(maps_as_pydicts="lossy")
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # corrupt, cut, missing, a folder
+        if isinstance(error, DataError):
+            raise
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{path}: cannot be read as parquet: {reason}") from error
     for number, row in enumerate(rows):
@@ -133,17 +162,28 @@ def _read_parquet(path: Path, prompt_key: str) -> Iterator[Row]:
 
 def _read_json(path: Path) -> Iterator[Row]:
     """A .json file that opens with `[` is a list of objects; anything else is one object per line."""
-    if path.suffix == ".jsonl" or not _read_bytes(path).lstrip().startswith(b"["):
+    content = _read_bytes(path).lstrip()
+    if path.suffix.lower() != ".jsonl" and _is_one_object(content):
+        raise DataError(f"{path}: holds one object over several lines; a list of objects, or one per line, is needed")
+    if path.suffix.lower() == ".jsonl" or not content.startswith(b"["):
         for line, row in read_jsonl(path):
             yield f"{path}:{line}", row
         return
     try:
         rows = json.loads(_read_bytes(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     for number, row in enumerate(rows):
         place = f"{path}: row {number}"
         yield place, row if isinstance(row, dict) else _not_an_object(place, row)
+
+
+def _is_one_object(content: bytes) -> bool:
+    """Whether a file is a single JSON object that takes more than a line."""
+    try:
+        return content.startswith(b"{") and b"\n" in content.strip() and isinstance(json.loads(content), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _not_an_object(place: str, value: Any) -> DataError:

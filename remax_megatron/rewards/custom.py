@@ -17,6 +17,7 @@ raised here with file, line and sample: an error must not turn into a reward of 
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import inspect
 import sys
@@ -45,10 +46,13 @@ METHODS = ("compute_score_batch", "compute_score", "__call__")
 _ours: set[str] = set()  # modules that were imported here
 
 
-def load_custom(path: str, name: str, kwargs: Mapping[str, Any]) -> Custom:
-    """The scorer `name` of the file `path`, given `kwargs`. RewardError when it cannot be had or called."""
+def load_custom(path: str, name: str, kwargs: Mapping[str, Any], source: bytes | None = None) -> Custom:
+    """The scorer `name` of the file `path`, given `kwargs`. RewardError when it cannot be had or called.
+
+    `source` is what the file held when the run started; None reads it now.
+    """
     file = Path(path).expanduser().absolute()
-    module = _import(file)
+    module = _import(file, source)
     if name == "compute_score" and not hasattr(module, name) and hasattr(module, "compute_score_batch"):
         name = "compute_score_batch"
     found = getattr(module, name, None)
@@ -70,7 +74,10 @@ class Custom:
 
     def __init__(self, file: Path, name: str, function: Callable[..., Any], kwargs: Mapping[str, Any]):
         """`function` is `name` of `file`; `kwargs` are more arguments for it. RewardError when it takes others."""
-        signature = inspect.signature(function)
+        try:
+            signature = inspect.signature(function)
+        except (ValueError, TypeError) as error:
+            raise RewardError(f"{file}: {name} has no signature that can be read; wrap it in a `def {name}`") from error
         takes = signature.parameters
         self._file, self._name = file, name
         self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
@@ -82,6 +89,11 @@ class Custom:
         self._names = {one: called[one] for one in NEEDED}
         self._names |= {one: called[one] for one in OPTIONAL if called[one] in takes}
         self.wants = frozenset(self._names) - frozenset(NEEDED)
+        if taken := sorted(kwargs.keys() & self._names.values()):
+            raise RewardError(
+                f"custom_reward_function.reward_kwargs has {', '.join(taken)}, which the trainer gives to {name} of "
+                f"{file}; name it otherwise"
+            )
         try:
             signature.bind(**dict.fromkeys(self._names.values()), **kwargs)
         except TypeError as error:
@@ -91,11 +103,12 @@ class Custom:
                 f"{name}({', '.join(self._names.values())}{more})"
             ) from error
         self._call = partial(function, **kwargs)
+        self._runner = asyncio.Runner()  # of batches: one loop for all of them, which what a module keeps is bound to
 
     def score(self, request: ScoreRequest) -> ScoreResult:
         """Score one answer."""
         try:
-            value = self._call(**{mine: getattr(request, one) for one, mine in self._names.items()})
+            value = self._call(**self._arguments(request))
         except Exception as error:  # the user's code may raise anything; it is named and raised again, never scored
             raise self._raised(error, request) from error
         return self._checked(value, request)
@@ -103,17 +116,17 @@ class Custom:
     async def score_async(self, request: ScoreRequest) -> ScoreResult:
         """Score one answer; others may be scored while this one waits."""
         try:
-            value = await self._call(**{mine: getattr(request, one) for one, mine in self._names.items()})
+            value = await self._call(**self._arguments(request))
         except Exception as error:
             raise self._raised(error, request) from error
         return self._checked(value, request)
 
     def score_batch(self, requests: Sequence[ScoreRequest]) -> list[ScoreResult]:
         """Score many answers in one call."""
-        arguments = {mine: [getattr(request, one) for request in requests] for one, mine in self._names.items()}
+        each = [self._arguments(request) for request in requests]
         try:
-            values = self._call(**arguments)
-            values = asyncio.run(values) if self._is_async else values
+            values = self._call(**{name: [arguments[name] for arguments in each] for name in self._names.values()})
+            values = self._runner.run(values) if self._is_async else values
         except Exception as error:
             raise self._raised(error, requests[0]) from error
         values = values.tolist() if hasattr(values, "tolist") else values
@@ -124,6 +137,10 @@ class Custom:
                 "list of as many scores is needed"
             )
         return [self._checked(value, request) for value, request in zip(values, requests, strict=True)]
+
+    def _arguments(self, request: ScoreRequest) -> dict[str, Any]:
+        """By name, and each call's own: samples of a prompt share its values, which a function may change."""
+        return {mine: copy.deepcopy(getattr(request, one)) for one, mine in self._names.items()}
 
     def _checked(self, value: Any, request: ScoreRequest) -> ScoreResult:
         if inspect.isawaitable(value):
@@ -155,10 +172,16 @@ def _place(file: Path, error: BaseException) -> str:
     return f"{file}:{lines[-1]}" if lines else str(file)
 
 
-def _import(file: Path) -> ModuleType:
-    if not file.is_file():
+def _import(file: Path, source: bytes | None) -> ModuleType:
+    if source is None and not file.is_file():
         raise RewardError(f"custom_reward_function.path={file} is not a file")
+    source = file.read_bytes() if source is None else source
     name = file.stem
+    if "." in name:
+        raise RewardError(
+            f"custom_reward_function.path={file}: a module's name has no dot; rename the file, for example to "
+            f"{name.replace('.', '_')}.py"
+        )
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise RewardError(f"custom_reward_function.path={file} is not a Python file (.py)")
@@ -173,10 +196,11 @@ def _import(file: Path) -> ModuleType:
     sys.modules[name] = module
     _ours.add(name)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(source, str(file), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
         del sys.modules[name]
         fix = "; put what a script does under `if __name__ == '__main__':`" if isinstance(error, SystemExit) else ""
+        fix = "; write `import helper` for helper.py beside it" if "relative import" in str(error) else fix
         raise RewardError(
             f"custom_reward_function.path={_place(file, error)} does not import: {type(error).__name__}: {error}{fix}"
         ) from error
@@ -187,7 +211,7 @@ def _method_of(kind: type, name: str, kwargs: Mapping[str, Any], file: Path) -> 
     """An object of the class `kind`, made with `kwargs`, as the method that scores, and its name."""
     try:
         judge = kind(**kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(
             f"{_place(file, error)}: {name}({', '.join(f'{k}={v!r}' for k, v in kwargs.items())}) raised "
             f"{type(error).__name__}: {error}; custom_reward_function.reward_kwargs are its arguments"

@@ -13,11 +13,13 @@ rules can differ either way, and how often they do is worth watching.
 from __future__ import annotations
 
 import re
+import struct
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 _ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 _NUMBER = re.compile(r"\-?[0-9\.\,]+")
+FLOAT32_DIGITS = 9  # a decimal fraction that went through 32 bits has more
 TAIL_CHARS = 300  # the rule looks no further back: a long answer that ends properly is cheap to score
 
 
@@ -37,7 +39,17 @@ def ground_truth(value: Any) -> str:
     plain = sign + digits.strip().removeprefix("$").strip().replace(",", "")
     if not re.fullmatch(r"-?(\d+\.?\d*|\.\d+)", plain, re.ASCII):
         raise ValueError(f"the ground truth {value!r} is no number, so that no answer '#### NUMBER' equals it")
+    if isinstance(value, float) and len(plain.replace(".", "").strip("-0")) > FLOAT32_DIGITS and _is_float32(value):
+        raise ValueError(f"the ground truth {value!r} was rounded to 32 bits in its file; store it as text or float64")
     return plain
+
+
+def _is_float32(value: float) -> bool:
+    """Whether 32 bits hold `value`, which is a fraction that they seldom hold exactly."""
+    try:
+        return value != int(value) and struct.unpack("f", struct.pack("f", value))[0] == value
+    except OverflowError:
+        return False
 
 
 def _as_text(value: Any) -> str:
@@ -47,7 +59,7 @@ def _as_text(value: Any) -> str:
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         number = Decimal(str(value))
         if number.is_finite():
-            return format(number.quantize(Decimal(1)) if number == number.to_integral_value() else number, "f")
+            return format(number.to_integral_value() if number == number.to_integral_value() else number, "f")
     return ""
 
 

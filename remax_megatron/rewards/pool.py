@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -84,7 +86,8 @@ class RewardPool:
         )  # TMPDIR of the workers: nothing of theirs stays behind
         os.chmod(self._folder, 0o711)  # the sandbox's programs run as nobody where this process is root's
         path = None if path is None else os.path.abspath(os.path.expanduser(path))
-        self._setup = Setup(path, name, dict(kwargs or {}), memory_bytes, timeout_s, async_concurrency)
+        source = Path(path).read_bytes() if path is not None and Path(path).is_file() else None
+        self._setup = Setup(path, source, name, dict(kwargs or {}), memory_bytes, timeout_s, async_concurrency)
         self._chunk_size = _FIRST_CHUNK
         self._workers: list[_Worker] = []
         try:
@@ -181,6 +184,8 @@ class RewardPool:
         """Takes one message of the worker, or notes its death."""
         try:
             message = worker.connection.recv()
+        except (ImportError, AttributeError, pickle.UnpicklingError) as error:
+            raise RewardError(f"a reward worker sent what cannot be read here: {error}") from error
         except (EOFError, OSError):
             if not worker.ready:
                 code = worker.stop(grace_s=5.0)

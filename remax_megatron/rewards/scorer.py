@@ -9,6 +9,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from remax_megatron.errors import UserError
 
 ONE, ASYNC, BATCH = "one", "async", "batch"  # how a scorer takes answers: each, each without waiting, or many at once
+
+LARGEST = 1e6  # the largest size of a score: the variance of larger ones is no longer a float
 
 
 class RewardError(UserError):
@@ -88,20 +91,24 @@ def as_result(value: Any) -> ScoreResult:
     score = _plain(value.get("score") if isinstance(value, Mapping) else value)
     if not _is_finite_number(score):
         raise ValueError(f"{value!r}; a finite number, or a dict with one under 'score', is needed")
+    if abs(score) > LARGEST:
+        raise ValueError(f"{value!r}; a score between -{LARGEST:g} and {LARGEST:g} is needed")
     others = {str(k): _plain(v) for k, v in value.items() if k != "score"} if isinstance(value, Mapping) else {}
     return ScoreResult(
         float(score),
         extra={name: float(other) for name, other in others.items() if _is_finite_number(other)},
-        texts={name: other for name, other in others.items() if isinstance(other, str)},
+        texts={name: str.__str__(other) for name, other in others.items() if isinstance(other, str)},
     )
 
 
 def _plain(value: Any) -> Any:
     """A tensor or an array of one number as that number; anything else as it is."""
-    if getattr(value, "shape", None) in ((), (1,)) and hasattr(value, "item"):
-        return value.item()
-    return value
+    shape = getattr(value, "shape", None)
+    return value.item() if shape is not None and math.prod(shape) == 1 and hasattr(value, "item") else value
 
 
 def _is_finite_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real | np.bool_) and math.isfinite(value)
+    try:
+        return isinstance(value, numbers.Real | np.bool_ | Decimal) and math.isfinite(value)
+    except OverflowError:  # an integer above all floats
+        return False

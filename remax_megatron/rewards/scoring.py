@@ -21,15 +21,17 @@ BUILT_IN: dict[str, str] = {
 }
 
 
-def load_scorer(path: str | None, name: str = "compute_score", kwargs: Mapping[str, Any] | None = None) -> Scorer:
+def load_scorer(
+    path: str | None, name: str = "compute_score", kwargs: Mapping[str, Any] | None = None, source: bytes | None = None
+) -> Scorer:
     """The scorer by data source when `path` is None, else what `name` is in the Python file `path` (its code runs).
 
-    `kwargs` are more arguments for it. RewardError when the file or the name is missing, the file does not import, or
-    the signature does not fit.
+    `kwargs` are more arguments for it, `source` is the file's content if it is known. RewardError when the file or the
+    name is missing, the file does not import, or the signature does not fit.
     """
     if path is None:
         return BySource()
-    return load_custom(path, name, kwargs or {})
+    return load_custom(path, name, kwargs or {}, source)
 
 
 class BySource:

@@ -22,6 +22,7 @@ import sys
 import time
 import types
 from collections.abc import Coroutine, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -45,6 +46,7 @@ class Setup:
     an answer's time (s), and how many coroutines of an async scorer run at once."""
 
     path: str | None
+    source: bytes | None = None  # of the file: a worker that starts later scores with the same code
     name: str = "compute_score"
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     memory_bytes: int | None = None
@@ -111,7 +113,7 @@ def main(connection_fd: int, progress_fd: int, parent_pid: int) -> None:
         if setup.memory_bytes is not None:
             limit_address_space(setup.memory_bytes)
         try:
-            scorer = load_scorer(setup.path, setup.name, setup.kwargs)
+            scorer = load_scorer(setup.path, setup.name, setup.kwargs, setup.source)
         except RewardError as error:
             connection.send(str(error))
             return
@@ -210,7 +212,9 @@ class _AsyncWorker:
             scoring = asyncio.ensure_future(_watched(self._score(request), index, self._progress))
             done, _ = await asyncio.wait({scoring}, timeout=self._setup.timeout_s)
         if done:
-            result = scoring.result()
+            result = _failed(asyncio.CancelledError("it was cancelled"), request)
+            with suppress(asyncio.CancelledError):
+                result = scoring.result()
         else:  # one that does not let itself be cancelled is left alone
             scoring.cancel()
             result = ScoreResult(0.0, "timeout", f"no score within {self._setup.timeout_s:g} s")

@@ -271,3 +271,98 @@ def test_arguments_of_the_template(tmp_path: Path, tokenizer) -> None:
     finally:
         tokenizer.chat_template = own
     assert len(thinking.token_ids) > len(plain.token_ids)
+
+
+# -- more that users have in their files ---------------------------------------------------------------------------
+
+TURN = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({**row(), "images": ["a.png"]}, "has images, which a model of text alone does not read"),
+        ({**row(), "tools": [{"name": "add"}]}, "has tools, which"),
+        (row([{**TURN, "tool_calls": [{"name": "add"}]}]), "a turn of prompt has tool_calls, which is not read"),
+        (row("Say \ud83d now?"), "prompt holds half of a character"),
+        ({"prompt": "x", "data_source": "m", "reward_model.ground_truth": "5"}, "is a column of its own; nest it"),
+        (row(source=""), "data_source='' is no name"),
+        (row(source="a\nb"), r"data_source='a\\nb' is no name"),
+        ({**row(), "extra_info": []}, r"extra_info must be an object, found \[\]"),
+    ],
+)
+def test_rows_that_would_be_read_in_part(bad: dict, message: str, tmp_path: Path, tokenizer) -> None:
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: .*{message}"):
+        load(jsonl(tmp_path / "a.jsonl", row(), bad), tokenizer)
+    fine = {**row([{**TURN, "tool_calls": None, "name": ""}]), "images": [], "tools": None}  # as parquet fills them up
+    assert len(load(jsonl(tmp_path / "a.jsonl", fine), tokenizer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}".encode("utf-16"), "is UTF-16, not UTF-8 text"),
+        (b"\x1f\x8b\x08", "is gzip, not UTF-8 text"),
+        (b"PAR1", "is parquet, not UTF-8 text"),
+        (b'{"data": [\n1]\n}', "holds one object over several lines"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_files_of_another_kind(content: bytes, message: str, tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.json.*: {message}"):
+        load(tmp_path / "a.json", tokenizer)
+
+
+def test_marks_and_names_that_windows_writes(tmp_path: Path, tokenizer) -> None:
+    text = json.dumps([row(), row()], indent=1).replace("\n", "\r\n")
+    (tmp_path / "a.JSON").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert len(load(tmp_path / "a.JSON", tokenizer)) == 2 == len(load(tmp_path, tokenizer))
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "._a.jsonl").write_bytes(b"\x00")
+    assert len(load(tmp_path, tokenizer)) == 2
+    (tmp_path / "v[1]").mkdir()
+    jsonl(tmp_path / "v[1]" / "part-1.jsonl", row())
+    assert len(load(tmp_path / "v[1]" / "part-*.jsonl", tokenizer)) == 1
+
+
+def test_parquet_with_a_column_twice_and_times_out_of_range(tmp_path: Path, tokenizer) -> None:
+    column = pa.array([{"ground_truth": "1"}])
+    names = ["prompt", "data_source", "reward_model", "reward_model"]
+    pq.write_table(pa.table([pa.array(["x"]), pa.array(["m"]), column, column], names), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: has several columns 'reward_model'; keep one"):
+        load(tmp_path / "a.parquet", tokenizer)
+    late = pa.StructArray.from_arrays([pa.array([2**61], pa.timestamp("us"))], ["t"])
+    table = pa.table([pa.array(["x"]), pa.array(["m"]), column, late], [*names[:3], "extra_info"])
+    pq.write_table(table, tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: cannot be read as parquet"):
+        load(tmp_path / "b.parquet", tokenizer)
+
+
+def test_numbers_that_a_file_has_rounded() -> None:
+    assert built_in_ground_truth(GSM8K, 10**40) == "1" + "0" * 40
+    assert built_in_ground_truth(GSM8K, 1e30).startswith("1000000000000000")
+    assert [built_in_ground_truth(GSM8K, value) for value in (0.1, 3.14, 0.5, 1234567.25)] == [
+        "0.1",
+        "3.14",
+        "0.5",
+        "1234567.25",
+    ]
+    with pytest.raises(ValueError, match="3.140000104904175 was rounded to 32 bits in its file; store it as text"):
+        built_in_ground_truth(GSM8K, 3.140000104904175)
+
+
+def test_notes_on_templates_and_turns(tmp_path: Path, tokenizer) -> None:
+    path = jsonl(tmp_path / "a.jsonl", row("a"), row([TURN, {"role": "assistant", "content": "Well,"}]))
+    assert load(path, tokenizer).notes == [
+        f"{path}: 1 prompts end in a turn of the assistant, after which a new one begins; "
+        "data.continue_final_message=True continues it"
+    ]
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "Anna"
+        assert "all 2 prompts have the same tokens" in load(path, tokenizer).notes[-1]
+    finally:
+        tokenizer.chat_template = own
+    with pytest.raises(DataError, match="apply_chat_template_kwargs has add_generation_prompt, which the trainer sets"):
+        load(path, tokenizer, template_kwargs={"add_generation_prompt": False})

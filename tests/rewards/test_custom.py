@@ -281,3 +281,89 @@ def test_a_batch_that_fails_is_counted(body: str, outcome: str, message: str, tm
 def test_a_function_that_returns_a_coroutine_is_told_to_be_async(tmp_path: Path) -> None:
     path = write(tmp_path, f"async def later(): return 1\ndef compute_score({EACH}): return later()")
     assert "write `async def compute_score`" in scored(path, ASKED)[0].message
+
+
+def test_a_cancelled_coroutine_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    code = f"""
+import asyncio
+async def compute_score({EACH}):
+    if solution_str == "raises":
+        raise asyncio.CancelledError
+    task = asyncio.ensure_future(asyncio.sleep(0.01))
+    task.cancel()
+    await task
+"""
+    results = scored(write(tmp_path, code), *[ScoreRequest("mine", text, "") for text in ("raises", "waits")])
+    assert [result.outcome for result in results] == ["error", "error"]
+    assert "CancelledError" in results[0].message
+
+
+def test_texts_of_a_class_of_the_file_are_plain_texts_outside(tmp_path: Path) -> None:
+    code = f"""
+import enum
+class Verdict(str, enum.Enum):
+    RIGHT = "right"
+def compute_score({EACH}): return {{"score": 1, "verdict": Verdict.RIGHT}}
+"""
+    (result,) = scored(write(tmp_path, code), ASKED)
+    assert type(result.texts["verdict"]) is str and result.texts == {"verdict": "right"}
+
+
+def test_a_function_that_changes_its_arguments_changes_its_own(tmp_path: Path) -> None:
+    code = f"def compute_score({EACH}, prompt=None): prompt.clear(); ground_truth.sort(); return extra_info.pop('a')"
+    shared = ScoreRequest("mine", "", [2, 1], {"a": 1.0}, list(TURNS))
+    assert [result.outcome for result in scored(write(tmp_path, code), *[shared] * 6)] == ["ok"] * 6
+
+
+def test_workers_that_start_later_score_with_the_same_code(tmp_path: Path) -> None:
+    code = f"import time\ndef compute_score({EACH}): time.sleep(9 * (solution_str == 'slow')); return VALUE\nVALUE = 1"
+    path = write(tmp_path, code)
+    with RewardPool(1, 1.0, path=path) as pool:
+        pool.load()
+        Path(path).write_text(code.replace("VALUE = 1", "VALUE = 2"))  # edited while the run is going
+        results = pool.score([ScoreRequest("mine", text, "") for text in ("fine", "slow", "fine")])
+    assert [result.score for result in results] == [1.0, 0.0, 1.0] and results[1].outcome == "timeout"
+
+
+def test_batches_of_coroutines_share_one_loop(tmp_path: Path) -> None:
+    code = f"""
+import asyncio
+gate = asyncio.Semaphore(1)
+async def one(text):
+    async with gate:
+        await asyncio.sleep(0.001)
+        return len(text)
+async def compute_score_batch({MANY}):
+    return await asyncio.gather(*[one(text) for text in solution_strs])
+"""
+    with RewardPool(1, 10.0, path=write(tmp_path, code)) as pool:
+        for _ in range(2):
+            assert [result.outcome for result in pool.score([ASKED] * 4)] == ["ok"] * 4
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("compute_score = max", "max has no signature|compute_score has no signature|does not fit"),
+        ("from . import helper", "relative import.*write `import helper`"),
+        ("import sys\nclass compute_score:\n    def __init__(self): sys.exit('need a key')", "SystemExit: need a key"),
+    ],
+)
+def test_more_that_cannot_be_loaded(code: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match=message):
+        load_scorer(write(tmp_path, code))
+    with pytest.raises(RewardError, match="a module's name has no dot; rename the file.*my_reward_v2.py"):
+        load_scorer(write(tmp_path, "x = 1", "my.reward.v2"))
+    with pytest.raises(RewardError, match="reward_kwargs has prompt, which the trainer gives to compute_score"):
+        load_scorer(write(tmp_path, f"def compute_score({EACH}, prompt=''): return 1"), kwargs={"prompt": "Judge"})
+
+
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [("Decimal('0.5')", 0.5), ("numpy.ones((1, 1))", 1.0), ("10**400", None), ("1e200", None), ("-1e7", None)],
+)
+def test_numbers_of_every_kind_and_size(value: str, score: float | None, tmp_path: Path) -> None:
+    path = write(tmp_path, f"import numpy\nfrom decimal import Decimal\ndef compute_score({EACH}): return {value}")
+    (result,) = scored(path, ASKED)
+    assert (result.score, result.outcome) == ((0.0, "error") if score is None else (score, "ok"))
+    assert score is not None or "is needed; sample: " in result.message

@@ -70,7 +70,7 @@ def _validate_data_file(key: str, named: Any, prepare_command: str | None) -> No
     if not files:
         raise ConfigError(f"{key}={named} holds no file of {kinds}; set it to a file, a folder or a pattern of them")
     for file in files:
-        if file.suffix not in SUFFIXES:
+        if file.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"{key}={named} has an unknown suffix {file.suffix!r}; set it to a file of {kinds}")
         if not file.is_file():
             fix = "set it to an existing one (GSM8K is written by: python -m remax_megatron.data.gsm8k --local_dir DIR)"
