@@ -30,7 +30,7 @@ EXIT_BAD_SETTINGS = 2
 OTHER_RANKS_WAIT_S = 5.0
 
 HELP = """\
-Train a Qwen2.5 model with ReMax: Megatron-Core policy, vLLM rollouts, in the same ranks.
+Train a Qwen2.5 or Qwen3 model with ReMax: Megatron-Core policy, vLLM rollouts, in the same ranks.
 
 usage:
   torchrun --nproc-per-node RANKS -m remax_megatron [--config-name NAME] [--config-dir DIR] [key=value ...]

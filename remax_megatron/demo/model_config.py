@@ -1,9 +1,10 @@
-"""The demo's model as a Hugging Face config, 1.1 million parameters; no torch, so that settings are checked without."""
+"""The demo's models as Hugging Face configs; no torch, so that settings are checked without."""
 
 from __future__ import annotations
 
 from typing import Any
 
+# Qwen2, 1.1 million parameters.
 MODEL_CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -17,4 +18,9 @@ MODEL_CONFIG: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
+}
+# By family. Of Qwen3 the heads are together twice as wide as the hidden states, as in its smallest model: 1.4 million.
+MODEL_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2": MODEL_CONFIG,
+    "qwen3": MODEL_CONFIG | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64},
 }

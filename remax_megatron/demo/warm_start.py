@@ -1,4 +1,4 @@
-"""The demo's policy: a tokenizer and a Qwen2 model of 1.1 million parameters, warm-started on word problems.
+"""The demo's policy: a tokenizer and a model of a million parameters, warm-started on word problems.
 
 An ordinary Hugging Face folder; `demo/prepare.py` is the command that makes it. It takes one to two minutes on two
 cores, in plain torch and float32, and is the same to the bit for the same seed, torch build, processor and number of
@@ -15,6 +15,7 @@ out every question of the test file.
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import random
 from collections.abc import Iterator
@@ -25,10 +26,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from remax_megatron.demo.model_config import MODEL_CONFIG
+from remax_megatron.demo.model_config import MODEL_CONFIG, MODEL_CONFIGS
 from remax_megatron.demo.once import build_once
 from remax_megatron.demo.word_problems import INSTRUCTION, Problem, problems, splits
 from remax_megatron.errors import UserError
@@ -69,7 +70,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     Each number from 10 to 99 is one token of its own (Qwen2 itself splits all digits), so that a sum is one look-up for
     the model and not a carry over digits. `<|im_end|>` ends a turn and is the end of sequence, `<|endoftext|>` pads.
     It must be a real Qwen2Tokenizer: `AutoTokenizer` of transformers 5.19 makes one of whatever tokenizer lies beside a
-    config of type qwen2, and would put Qwen2's splitting rule in the place of any other.
+    config of type qwen2 or qwen3, and would put Qwen2's splitting rule in the place of any other.
     """
     blank = Qwen2Tokenizer(
         eos_token="<|im_end|>",
@@ -111,9 +112,13 @@ def _batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[to
 
 
 def train_policy(
-    tokenizer: PreTrainedTokenizerFast, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True
-) -> Qwen2ForCausalLM:
-    """A fresh model after `num_steps` steps of AdamW (short warm-up, cosine decay to 5 %), float32, on the CPU.
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 0,
+    num_steps: int = NUM_STEPS,
+    progress: bool = True,
+    family: str = "qwen2",
+) -> PreTrainedModel:
+    """A fresh model of `family` after `num_steps` steps of AdamW (short warm-up, cosine decay to 5 %), float32, CPU.
 
     The caller's random state is left as it was. Raises ValueError when the vocabulary is not the config's.
     """
@@ -122,13 +127,15 @@ def train_policy(
             f"the tokenizer has {len(tokenizer)} tokens, MODEL_CONFIG['vocab_size'] is {MODEL_CONFIG['vocab_size']}; "
             f"set that to {len(tokenizer)}"
         )
-    config = Qwen2Config.from_dict(
-        copy.deepcopy(MODEL_CONFIG)
+    values = MODEL_CONFIGS[family]
+    model_class = getattr(importlib.import_module("transformers"), values["architectures"][0])
+    config = model_class.config_class.from_dict(
+        copy.deepcopy(values)
         | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config).float().train()
+        model = model_class(config).float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
     warmup = max(1, num_steps // 20)
 
@@ -151,10 +158,12 @@ def train_policy(
     return model.eval()
 
 
-def save_policy(folder: Path, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True) -> None:
+def save_policy(
+    folder: Path, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True, family: str = "qwen2"
+) -> None:
     """Builds tokenizer and model and writes both into `folder`, which must exist."""
     tokenizer = make_tokenizer()
-    model = train_policy(tokenizer, seed, num_steps, progress)
+    model = train_policy(tokenizer, seed, num_steps, progress, family)
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -163,25 +172,28 @@ def save_policy(folder: Path, seed: int = 0, num_steps: int = NUM_STEPS, progres
     tokenizer.save_pretrained(folder)
 
 
-def _recipe(seed: int, num_steps: int) -> dict[str, Any]:
+def _recipe(seed: int, num_steps: int, family: str = "qwen2") -> dict[str, Any]:
     probe = list(islice(problems(random.Random("recipe")), 256))  # changes when the generator changes
     return {
         "seed": seed,
         "num_steps": num_steps,
         "shares": [RIGHT_SHARE, FINAL_LINE_SHARE],
-        "model": MODEL_CONFIG,
+        "model": MODEL_CONFIGS[family],
         "training": [BATCH_SIZE, LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_GRAD],
         "tokenizer": [CHAT_TEMPLATE, MAX_VOCAB_SIZE],
         "problems": [INSTRUCTION, [[p.question, p.answer, p.wrong_solution] for p in probe]],
     }
 
 
-def ensure_policy(folder: Path, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True) -> Path:
-    """Build the warm-started policy in `folder` unless it is there, of the same recipe; returns `folder`.
+def ensure_policy(
+    folder: Path, seed: int = 0, num_steps: int = NUM_STEPS, progress: bool = True, family: str = "qwen2"
+) -> Path:
+    """Build the warm-started policy of `family` in `folder` unless it is there, of the same recipe; returns `folder`.
 
     Safe when several processes call at once: one builds, the others wait. Uses as many threads as torch is set to.
     UserError when num_steps is below 1, or `folder` was not made here.
     """
     if num_steps < 1:
         raise UserError(f"num_steps={num_steps}: the warm start needs at least 1 step; set num_steps={NUM_STEPS}")
-    return build_once(folder, _recipe(seed, num_steps), lambda aside: save_policy(aside, seed, num_steps, progress))
+    recipe = _recipe(seed, num_steps, family)
+    return build_once(folder, recipe, lambda aside: save_policy(aside, seed, num_steps, progress, family))

@@ -311,7 +311,8 @@ class _Rank:
         return (5 if self.stack.on_cpu else 3) * self.element * self.facts.ffn_hidden_size // self.tp
 
     def attention(self) -> int:
-        """Queries, keys, values and the result, and the log of the softmax's sum in float32."""
+        """Queries, keys, values and the result, and the log of the softmax's sum in float32. Norms of queries and keys
+        save what comes in, torch's also what goes out, and a float32 number per head."""
         _, _, queries, keys = self.widths()
         heads, queries = self.facts.num_attention_heads // self.tp, queries // self.tp
         keys = max(keys // self.tp, self.facts.head_dim)  # a rank has one group at least
@@ -319,6 +320,9 @@ class _Rank:
             "transformer_engine": 2 * queries + 2 * keys,
             "varlen": 4 * queries,  # keys and values are repeated for every head of their group
         }.get(self.stack.attention, 3 * queries + 3 * keys)  # values lie in the product of linear_qkv, which stays
+        if self.facts.family.qk_norm:
+            width += (1 if self.has_te else 2) * (queries + keys)
+            heads += heads + keys // self.facts.head_dim
         return self.element * width + 4 * heads
 
     def recomputed(self) -> int:

@@ -22,7 +22,7 @@ from remax_megatron.config.rules.registry import RULES, Setup
 from remax_megatron.config.schema import SETTINGS, Config, ConfigError, recompute_of
 from remax_megatron.config.setting import set_value, value_of
 from remax_megatron.demo import prepare
-from remax_megatron.demo.model_config import MODEL_CONFIG
+from remax_megatron.demo.model_config import MODEL_CONFIG, MODEL_CONFIGS
 from remax_megatron.model_facts import ModelError, ModelFacts
 from remax_megatron.types import Recompute
 from tests import ROOT
@@ -32,11 +32,19 @@ def qwen2_5(layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int,
     return ModelFacts(layers, hidden, ffn, heads, kv, hidden // heads, vocab, tied, max_position_embeddings=32768)
 
 
+def qwen3(layers: int, hidden: int, ffn: int, heads: int, tied: bool) -> ModelFacts:
+    return ModelFacts(layers, hidden, ffn, heads, 8, 128, 151936, tied, 40960, model_type="qwen3")
+
+
 MODELS = {
     "qwen2_5_3b": qwen2_5(36, 2048, 11008, 16, 2, 151936, tied=True),
     "qwen2_5_7b": qwen2_5(28, 3584, 18944, 28, 4, 152064, tied=False),
     "qwen2_5_14b": qwen2_5(48, 5120, 13824, 40, 8, 152064, tied=False),
     "qwen2_5_32b": qwen2_5(64, 5120, 27648, 40, 8, 152064, tied=False),
+    "qwen3_4b": qwen3(36, 2560, 9728, 32, tied=True),
+    "qwen3_8b": qwen3(36, 4096, 12288, 32, tied=False),
+    "qwen3_14b": qwen3(40, 5120, 17408, 40, tied=False),
+    "qwen3_32b": qwen3(64, 5120, 25600, 64, tied=False),
 }
 # The demo's shape where the demo itself is not the point: 4 layers, 4 heads of 32, 2 KV heads.
 TINY = ModelFacts(4, 128, 384, 4, 2, 32, 512, True, 512)
@@ -85,7 +93,7 @@ def load_and_check(*overrides: str, preset: str = "demo", model: ModelFacts = TI
 
 def test_every_preset_is_listed_with_a_description_and_all_are_tested():
     presets = list_presets()
-    assert list(presets) == ["demo", *MODELS]
+    assert list(presets) == ["demo", "demo_qwen3", *MODELS]
     assert all(len(text) > 20 for text in presets.values())
 
 
@@ -95,7 +103,15 @@ def test_gpu_presets_are_valid_for_their_model(name):
     assert notes == []
     assert config.algorithm.adv_estimator == "remax" and not config.algorithm.use_kl_in_reward
     assert config.data.train_files == str(Path("~/data/gsm8k/train.parquet").expanduser())
-    assert name.removeprefix("qwen2_5_").upper() in config.actor_rollout_ref.model.path
+    assert name.rpartition("_")[2].upper() in config.actor_rollout_ref.model.path
+
+
+def test_demo_preset_of_the_other_family():
+    facts = ModelFacts.from_hf_config(MODEL_CONFIGS["qwen3"], "demo")
+    config, notes = load_and_check(preset="demo_qwen3", model=facts)
+    assert notes == [] and facts.model_type == "qwen3" and facts.head_dim * facts.num_attention_heads == 256
+    assert config.actor_rollout_ref.model.path == str(prepare.FOLDER / "policy_qwen3")
+    assert config.trainer.prepare_command.endswith("--family qwen3")
 
 
 def test_demo_preset_reads_what_its_prepare_command_makes():
@@ -793,7 +809,7 @@ def test_help_teaches():
         ([f"{ACTOR}.ppo_max_token_len_per_gpu=60"], "at least 80"),
         (["actor_rollout_ref.model.path=/nowhere/model"], "no such folder"),
         (["data.train_files=/nowhere/train.parquet"], "no such file"),
-        (["--config-name", "nope"], "one of: demo, qwen2_5_3b"),
+        (["--config-name", "nope"], "one of: demo, demo_qwen3, qwen2_5_3b"),
         (["--config-dir", "/nowhere"], "does not exist"),
         (["--cfg", "hydra"], "invalid choice"),
         (["--frobnicate"], "--frobnicate"),

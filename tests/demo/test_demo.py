@@ -245,6 +245,18 @@ def test_policy_is_an_ordinary_qwen2_folder(policy):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == config.eos_token_id
 
 
+def test_the_other_family_differs_in_the_model_alone(policy, tmp_path):
+    folder = warm_start.ensure_policy(tmp_path / "policy", num_steps=2, progress=False, family="qwen3")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model).__name__ == "Qwen3ForCausalLM" and model.config.head_dim == 64
+    assert 1_000_000 < sum(parameter.numel() for parameter in model.parameters()) < 3_000_000
+    assert model.model.layers[0].self_attn.q_proj.bias is None
+    assert (folder / "tokenizer.json").read_bytes() == (policy / "tokenizer.json").read_bytes()
+    read, same = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(policy)
+    text = "Anna has 12 eggs.\nHow many?"
+    assert read(text).input_ids == same(text).input_ids
+
+
 def test_warm_start_is_deterministic_and_leaves_the_random_state_alone(policy):
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -149,4 +149,8 @@ CASES = [
         num_layers=2,
     ),
     Case("1.5b", TE, (1024, 512), 8192, (33_383_613_952,), share_prompts=True, recompute="selective"),
+    Case("qwen3-4b", TE, (512, 1536), 8192, (63_818_100_224,), dp=8),
+    Case("qwen3-4b", "local", (512, 1536), 8192, (56_581_295_616,), tp=2, sequence_parallel=True),
+    Case("qwen3-8b", TE, (512, 1536), 8192, (39_334_490_112,), tp=2, dp=4, sequence_parallel=True, recompute="full"),
+    Case("qwen3-8b", "local", (512, 1536), 8192, (39_146_152_448,), tp=4, dp=2, recompute="selective"),
 ]

@@ -20,7 +20,11 @@ def made(*overrides: str, model: str = "7b", world_size: int = 8, preset: str = 
     return ledger(load_config(preset, overrides).config, FACTS[model], world_size, **kwargs)
 
 
-@pytest.mark.parametrize("name, published", [("0.5b", 494_032_768), ("7b", 7_615_616_512), ("32b", 32_763_876_352)])
+PUBLISHED = {"0.5b": 494_032_768, "7b": 7_615_616_512, "32b": 32_763_876_352}
+PUBLISHED |= {"qwen3-4b": 4_022_468_096, "qwen3-8b": 8_190_735_360, "qwen3-32b": 32_762_123_264}
+
+
+@pytest.mark.parametrize("name, published", PUBLISHED.items())
 def test_parameters_are_those_of_the_model_cards(name, published):
     assert parameters(FACTS[name]) == (published,)
 
@@ -142,7 +146,7 @@ def test_the_documented_table_of_presets():
         config = load_config(preset).config
         ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
         stack = TE if layers == "Transformer Engine" else LOCAL
-        found = ledger(config, FACTS[preset.removeprefix("qwen2_5_")], ranks, stack=stack)
+        found = ledger(config, FACTS[preset.removeprefix("qwen2_5_").replace("_", "-")], ranks, stack=stack)
         assert cells == [f"{found.peak(phase) / GB:.1f}" for phase in found.phases]
 
 

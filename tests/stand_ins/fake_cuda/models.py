@@ -1,4 +1,4 @@
-"""Sizes of the Qwen2.5 models that the presets name, and of two small ones: config.json without the hub."""
+"""Sizes of the models that the presets name, and of two small ones: config.json without the hub."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ FACTS = {
     "7b": ModelFacts(28, 3584, 18944, 28, 4, 128, 152064, False, 32768),
     "14b": ModelFacts(48, 5120, 13824, 40, 8, 128, 152064, False, 32768),
     "32b": ModelFacts(64, 5120, 27648, 40, 8, 128, 152064, False, 32768),
+    "qwen3-4b": ModelFacts(36, 2560, 9728, 32, 8, 128, 151936, True, 40960, model_type="qwen3"),
+    "qwen3-8b": ModelFacts(36, 4096, 12288, 32, 8, 128, 151936, False, 40960, model_type="qwen3"),
+    "qwen3-14b": ModelFacts(40, 5120, 17408, 40, 8, 128, 151936, False, 40960, model_type="qwen3"),
+    "qwen3-32b": ModelFacts(64, 5120, 25600, 64, 8, 128, 151936, False, 40960, model_type="qwen3"),
 }
 
 
 def facts_of(model_path: str) -> ModelFacts:
-    """Facts of `actor_rollout_ref.model.path`: those above for Qwen/Qwen2.5-*, else as the trainer finds them."""
-    size = re.search(r"/Qwen2\.5-([\d.]+b)", model_path, re.IGNORECASE)
-    known = FACTS.get(size[1].lower()) if size else None
+    """Facts of `actor_rollout_ref.model.path`: those above for Qwen/Qwen2.5-* and Qwen/Qwen3-*, else as the
+    trainer finds them."""
+    name = re.search(r"/Qwen(2\.5|3)-([\d.]+b)", model_path, re.IGNORECASE)
+    known = FACTS.get(("qwen3-" if name[1] == "3" else "") + name[2].lower()) if name else None
     return known or resolve_model_facts(model_path)
