@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 from common import ROOT, Usage, finish, machine, measured
-from random_model import SHAPES, config_of, make_folder
+from random_model import SHAPES, config_of, family_of, make_folder
 
 from remax_megatron.convert.verify import read_tensors
 from remax_megatron.model_facts import ModelFacts
@@ -156,7 +156,7 @@ def projection(ours: dict, num_bytes: int, say: Callable[[str], None]) -> dict[s
     rates = {name: num_bytes / ours[f"{name}_s"] for name in ("there", "back")}
     projected = {}
     for shape in PROJECTED:
-        facts = ModelFacts.from_hf_config(config_of(SHAPES[shape]), shape)
+        facts = ModelFacts.from_hf_config(config_of(SHAPES[shape], family=family_of(shape)), shape)
         total = 2 * sum(torch.Size(dims).numel() for entry in weight_table(facts) for dims in entry.hf_shapes)
         seconds = {f"{name}_s": total / rate for name, rate in rates.items()}
         projected[shape] = {"gb": total / 1e9, "peak_gib": ours["peak_gib"]} | seconds
@@ -185,7 +185,9 @@ def main() -> None:
     say(f"config: {config}")
     with tempfile.TemporaryDirectory(prefix="convert-", dir=options.work) as name:
         work = Path(name)
-        num_bytes = make_folder(work / "model", config_of(SHAPES[options.shape], options.layers))
+        num_bytes = make_folder(
+            work / "model", config_of(SHAPES[options.shape], options.layers, family_of(options.shape))
+        )
         started = time.perf_counter()
         ours = repeat_ours(work / "model", work, options.repeats, options.rest)
         say(f"{'':16}{'there s':>9}{'back s':>9}{'anon GiB':>10}")

@@ -1,4 +1,4 @@
-"""Hugging Face folders of Qwen2.5's shapes with random weights, made on the spot: what benchmarks run on."""
+"""Hugging Face folders of the shapes of Qwen2.5 and Qwen3 with random weights, made on the spot: for benchmarks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,25 @@ SHAPES: dict[str, Shape] = {
     "7b": (28, 3584, 18944, 28, 4, 152064, False),
     "14b": (48, 5120, 13824, 40, 8, 152064, False),
     "32b": (64, 5120, 27648, 40, 8, 152064, False),
+    "qwen3-4b": (36, 2560, 9728, 32, 8, 151936, True),
+    "qwen3-8b": (36, 4096, 12288, 32, 8, 151936, False),
+    "qwen3-14b": (40, 5120, 17408, 40, 8, 151936, False),
+    "qwen3-32b": (64, 5120, 25600, 64, 8, 151936, False),
 }
 POOL = 2**24  # random numbers that the weights are drawn from, each tensor at its own place
 
 
-def config_of(shape: Shape, layers: int | None = None) -> dict[str, object]:
-    """config.json of a Qwen2 model of those sizes (one of SHAPES' values), or with another number of layers."""
+def family_of(name: str) -> str:
+    """The family of a key of SHAPES."""
+    return "Qwen3" if name.startswith("qwen3") else "Qwen2"
+
+
+def config_of(shape: Shape, layers: int | None = None, family: str = "Qwen2") -> dict[str, object]:
+    """config.json of a model of those sizes (one of SHAPES' values), or with another number of layers."""
     default, hidden, ffn, heads, kv_heads, vocab, tied = shape
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
         "num_hidden_layers": layers or default,
         "hidden_size": hidden,
         "intermediate_size": ffn,
@@ -54,7 +63,7 @@ def make_folder(folder: Path, config: dict[str, object], std: float = 0.02) -> i
     facts = ModelFacts.from_folder(folder)
     layout = HfLayout.planned(facts, torch.bfloat16)
     pool = torch.empty(POOL, dtype=torch.bfloat16).normal_(0, std, generator=torch.Generator().manual_seed(0))
-    ones = torch.ones(facts.hidden_size, dtype=torch.bfloat16)
+    ones = torch.ones(max(facts.hidden_size, facts.head_dim), dtype=torch.bfloat16)
     shapes = expected_shapes(facts)
     for name, file in layout.files.items():
         with open(folder / name, "wb") as target:

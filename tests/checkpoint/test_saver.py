@@ -30,7 +30,7 @@ from remax_megatron.types import Row
 from remax_megatron.weights.mapped import MappedFiles
 from remax_megatron.weights.torch_dist import TorchDist
 from tests.ranks import run_ranks
-from tests.small_models import LAYERS, make_qwen2
+from tests.small_models import LAYERS, make_qwen2, make_qwen3
 
 VOCAB = 211
 PRELOAD = ("remax_megatron.policy.policy", "remax_megatron.checkpoint.saver")
@@ -158,6 +158,22 @@ def test_a_checkpoint_is_loaded_and_written_again_equal_at_every_layout(layout, 
     assert norm_again == pytest.approx(norm, rel=1e-4 if dtype == "float32" else 5e-2)
     keys = TorchDist(iteration_folder(root, 1)).tensors.keys()
     assert any("fp32_param" in key for key in keys) == (dtype == "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory) -> str:
+    return str(make_qwen3(tmp_path_factory.mktemp("model") / "qwen3", tied=False, vocab=VOCAB, heads=4, std=0.03))
+
+
+def test_a_checkpoint_of_qwen3_is_loaded_at_another_layout_and_by_megatron(qwen3, tmp_path):
+    found = run("tp2", qwen3, tmp_path / "first")
+    first = iteration_folder(tmp_path / "first", 1)
+    again = run("pp2", qwen3, tmp_path / "again", first, done=1)
+    equal(first, iteration_folder(tmp_path / "again", 1))
+    assert again[0] == pytest.approx(found[1], rel=1e-4)
+    assert "optimizer.state.exp_avg.decoder.layers.self_attention.q_layernorm.weight" in TorchDist(first).tensors
+    payload = {"model": qwen3, "checkpoint": str(first)}
+    assert run_ranks("tests.checkpoint.test_saver:megatron_worker", 2, payload, 120) == [0.0, 0.0]
 
 
 def test_saving_in_the_background_writes_the_state_of_its_step(model, saved, tmp_path):

@@ -51,7 +51,7 @@ from tests.convert.folders import (
     write_index,
     write_model,
 )
-from tests.small_models import make_qwen2
+from tests.small_models import YARN, make_qwen2, make_qwen3
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,17 @@ def test_there_and_back_is_byte_equal(
     check_same_files(source, returned)
     assert contents(source) == before  # the input is as it was
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron", "source"]  # nothing left beside
+
+
+@pytest.mark.parametrize("rope", [None, YARN])
+@pytest.mark.parametrize(("tied", "dtype", "shard"), [(True, BF16, "5GB"), (False, FP32, "200KB")])
+def test_qwen3_there_and_back_is_byte_equal(tied: bool, dtype: torch.dtype, shard: str, rope, tmp_path: Path) -> None:
+    source = make_qwen3(tmp_path / "source", tied=tied, dtype=dtype, max_shard_size=shard, layers=2, rope=rope)
+    assert (source / INDEX).exists() == (shard == "200KB")
+    check_same_files(source, there_and_back(source, tmp_path))
+    keys = TorchDist(tmp_path / "megatron" / "iter_0000000").tensors
+    assert {f"decoder.layers.self_attention.{x}_layernorm.weight" for x in "qk"} <= keys.keys()
+    assert "decoder.layers.self_attention.linear_qkv.bias" not in keys
 
 
 @pytest.mark.parametrize("order", [(True, False, True), (False, True, False)])

@@ -33,7 +33,7 @@ from tests.convert.folders import (
     verified,
     write_model,
 )
-from tests.small_models import make_qwen2
+from tests.small_models import YARN, make_qwen2, make_qwen3
 
 
 def test_equal_checkpoints(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,12 +158,21 @@ def largest_difference(a: Iterable[Tensor], b: Iterable[Tensor]) -> float:
     return max((left - right).abs().max().item() for left, right in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize(("tied", "dtype"), [(True, FP32), (False, FP32), (True, BF16), (False, BF16)])
+@pytest.mark.parametrize(
+    ("make", "tied", "dtype", "rope"),
+    [
+        *((make_qwen2, tied, dtype, None) for dtype in (FP32, BF16) for tied in (True, False)),
+        *((make_qwen3, tied, FP32, None) for tied in (True, False)),
+        (make_qwen2, True, FP32, YARN),
+        (make_qwen3, False, BF16, YARN),
+    ],
+)
 def test_streamed_logits_are_those_of_transformers(
-    tied: bool, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make, tied: bool, dtype: torch.dtype, rope: dict | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logits, "HEAD_ROWS", 500)  # 1187 rows in three blocks
-    source = make_qwen2(tmp_path / "source", tied=tied, vocab=SMALL_VOCAB, heads=HEADS, kv=2, layers=2, dtype=dtype)
+    sizes = dict(vocab=SMALL_VOCAB, heads=HEADS, kv=2, layers=2, dtype=dtype, rope=rope)
+    source = make(tmp_path / "source", tied=tied, **sizes)
     prompts = [[3, 1, 1186, 7, 7, 500], [0], list(range(40, 80))]
     expected = transformers_logits(source, prompts)
     assert {tensor.dtype for tensor in load(source).values()} == {dtype}
