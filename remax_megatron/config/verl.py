@@ -335,8 +335,11 @@ TABLE: dict[tuple[str, ...], Fate] = {
     ("algorithm.pf_ppo.*", "algorithm.filter_groups.*"): Ignored("a batch is trained as it was answered"),
     ("algorithm.rollout_correction.bypass_mode",): ReadAs(("algorithm.rollout_correction.bypass_old_logprobs",)),
     ("algorithm.rollout_correction.loss_type",): Refused(f"set {ACTOR}.policy_loss", ("ppo_clip",)),
+    ("algorithm.rollout_correction.rollout_rs_threshold_lower",): Refused(
+        "write both bounds as algorithm.rollout_correction.rollout_rs_threshold=LOWER_UPPER; leave it out"
+    ),
     ("algorithm.rollout_correction.*",): Refused(
-        "of the corrections only rollout_is with rollout_is_threshold is offered; leave it out", (False,)
+        "of the corrections only rollout_is and rollout_rs, with their thresholds, are offered; leave it out", (False,)
     ),
     ("critic.enable",): Refused(_NO_CRITIC, (False,)),
     ("critic.*",): Refused(_NO_CRITIC),

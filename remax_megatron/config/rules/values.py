@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.config.rules.registry import Setup, one_of, rule
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, SETTINGS, ConfigError
+from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, SETTINGS, ConfigError, importance_of, rejection_of
 from remax_megatron.config.setting import value_of
 
 
@@ -140,11 +140,38 @@ def one_correction_of_the_mismatch(setup: Setup) -> None:
             f"{key}.bypass_old_logprobs=True with {key}.rollout_is={correction.rollout_is}: PPO's ratio is then already"
             f" the importance weight; set {key}.rollout_is=null or bypass_old_logprobs=False"
         )
+    if correction.bypass_old_logprobs and correction.rollout_rs is not None:
+        raise ConfigError(
+            f"{key}.bypass_old_logprobs=True leaves {key}.rollout_rs={correction.rollout_rs} no log-probabilities of"
+            f" the policy to compare; set {key}.rollout_rs=null or bypass_old_logprobs=False"
+        )
     if correction.bypass_old_logprobs and setup.actor.policy_loss != "ppo_clip":
         raise ConfigError(
             f"{key}.bypass_old_logprobs=True needs a loss with a ratio, but {ACTOR}.policy_loss="
             f"{setup.actor.policy_loss}; set {ACTOR}.policy_loss=ppo_clip"
         )
+
+
+@rule
+def thresholds_are_bounds(setup: Setup) -> None:
+    """The thresholds of the corrections are a number or two, in order."""
+    correction, key = setup.config.algorithm.rollout_correction, "algorithm.rollout_correction"
+    try:
+        importance_of(correction)
+    except ValueError:
+        raise ConfigError(
+            f"{key}.rollout_is_threshold={correction.rollout_is_threshold} is no threshold; set it to a number greater"
+            " than 0, or to LOWER_UPPER, such as 0.5_5.0"
+        ) from None
+    try:
+        rejection_of(correction)
+    except ValueError:
+        given = "null" if correction.rollout_rs_threshold is None else correction.rollout_rs_threshold
+        raise ConfigError(
+            f"{key}.rollout_rs={correction.rollout_rs} with {key}.rollout_rs_threshold={given}, which is no threshold;"
+            f" set {key}.rollout_rs_threshold to LOWER_UPPER, both greater than 0, such as 0.99_1.01, or to a number"
+            " of at least 1"
+        ) from None
 
 
 @rule
