@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from remax_megatron.algorithm.advantages import training_rows
+from remax_megatron.algorithm.advantages import are_informative, training_rows
 from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.algorithm.bounds import Bounds
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.algorithm.estimators.reward_softmax import effective_sample_size
 from remax_megatron.algorithm.kl import AdaptiveKl, FixedKl, kl_controller, token_kl, with_kl_in_reward
+from remax_megatron.algorithm.refill import weight_factor
 from remax_megatron.algorithm.rejection import SUMS as REJECTION_SUMS
 from remax_megatron.algorithm.rejection import kept_rows, rejection_metrics
 from remax_megatron.batching.packed import row_groups
@@ -104,13 +105,17 @@ class Learner:
         rows = training_rows(rollouts, self.estimator)
         with self.timer.phase("score"):
             metrics = self._put_kl_in_reward(rows) if self.config.algorithm.use_kl_in_reward else {}
-        size = (actor.ppo_mini_batch_size or len(rollouts)) * self.config.actor_rollout_ref.rollout.n
+        refills, wanted = self.config.algorithm.refill, self.config.data.train_batch_size
+        mini_batch = len(rollouts) if refills else actor.ppo_mini_batch_size or len(rollouts)
+        size = mini_batch * self.config.actor_rollout_ref.rollout.n
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         if self._rejection is not None:
             with self.timer.phase("score"):
                 parts = self._reject(parts, self._rejection, metrics)
         for part in filter(None, parts):
             weigh_rows(part, actor.loss_agg_mode)
+        if refills:
+            metrics |= refill_weights(rows, are_informative(rollouts, self.estimator), wanted)
         if self.skips:
             parts = [[row for row in part if any(row.advantages)] for part in parts]
         trained = [row for part in parts for row in part]
@@ -203,6 +208,19 @@ class Learner:
                     num_tokens = self.policy.num_computed_tokens(rows, batch)
                     log.info("%s: Dynamic Batch: %d samples (%d tokens)", label, len(batch), num_tokens)
         return self.policy.update(rows, schedule, self.reference, limit)
+
+
+def refill_weights(rows: Sequence[Row], informative: Sequence[bool], wanted: int) -> dict[str, float]:
+    """Make the weights of `rows` unbiased where further prompts were drawn until `wanted` were informative; the
+    prompts are those that were drawn and used. Returns the metrics."""
+    factor = weight_factor(sum(informative), len(informative), wanted)
+    for row in rows:
+        row.weight = None if row.weight is None else row.weight * factor
+    return {
+        "refill/drawn_prompts": len(informative),
+        "refill/informative_share": sum(informative) / len(informative),
+        "refill/weight_factor": factor,
+    }
 
 
 def _left_out(rows: Sequence[Row], trained: Sequence[Row], updates: Sequence[UpdateResult]) -> dict[str, float]:

@@ -500,6 +500,16 @@ class Algorithm:
         help="Whether a token answers for its own and all later KL, as in verl, or for its own, as in the authors' "
         "repository.",
     )
+    refill: bool = setting(
+        False,
+        help="Draws further prompts for those without a gradient, until data.train_batch_size have one; see "
+        "docs/algorithm.md.",
+    )
+    refill_limit: int | None = setting(
+        None,
+        limits=POSITIVE,
+        help="Prompts drawn for one batch, its own included, at most; null: four times data.train_batch_size.",
+    )
     kl_ctrl: KlCtrl = group(KlCtrl)
     rollout_correction: RolloutCorrection = group(RolloutCorrection)
 
@@ -677,6 +687,11 @@ def skips_zero_advantage(config: Config) -> bool:
     if actor.skip_zero_advantage is None:
         return not needs_reference(config) and actor.entropy_coeff == 0
     return actor.skip_zero_advantage
+
+
+def refill_limit_of(config: Config, num_prompts: int) -> int:
+    """Prompts that are drawn for one batch at most, of `num_prompts` in the data."""
+    return min(config.algorithm.refill_limit or 4 * config.data.train_batch_size, num_prompts)
 
 
 def importance_of(correction: RolloutCorrection) -> Bounds:

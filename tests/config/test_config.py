@@ -504,6 +504,27 @@ BROKEN = {
         [f"{ACTOR}.skip_zero_advantage=True", f"{ACTOR}.entropy_coeff=0.01"],
         ["entropy_coeff=0.01", "skip_zero_advantage=null"],
     ),
+    "refill an estimator": (
+        ["algorithm.refill=True", "algorithm.adv_estimator=reinforce"],
+        ["refill=True with algorithm.adv_estimator=reinforce", "remax, rloo or grpo"],
+    ),
+    "refill with kl": (
+        ["algorithm.refill=True", f"{ACTOR}.use_kl_loss=True"],
+        ["use_kl_loss=True; set", "use_kl_loss=False", "refill=False"],
+    ),
+    "refill mini-batches": (
+        ["algorithm.refill=True", f"{ACTOR}.ppo_mini_batch_size=32"],
+        ["ppo_mini_batch_size=32", "train_batch_size=64", "ppo_mini_batch_size=null"],
+    ),
+    "refill in order": (["algorithm.refill=True", "data.shuffle=False"], ["data.shuffle=False; set data.shuffle"]),
+    "refill one": (
+        ["algorithm.refill=True", "data.train_batch_size=1", f"{ACTOR}.ppo_mini_batch_size=null"],
+        ["data.train_batch_size=1; set data.train_batch_size to 2 or more"],
+    ),
+    "refill limit": (
+        ["algorithm.refill=True", "algorithm.refill_limit=63"],
+        ["refill_limit=63 is below data.train_batch_size=64", "at least 64"],
+    ),
     "bypass and weights": (
         [f"{CORRECTION}.bypass_old_logprobs=True", f"{CORRECTION}.rollout_is=token"],
         ["already the importance weight", "rollout_is=null"],

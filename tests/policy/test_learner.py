@@ -125,6 +125,25 @@ def test_the_engines_logprobs_may_stand_for_the_old_ones() -> None:
     assert policy.scored == []
 
 
+def test_refilled_prompts_are_weighed_by_where_the_drawing_stopped() -> None:
+    """A prompt that ties is drawn before the second informative one: 2 of 3 draws, so (2 - 1) / (3 - 1) x the mean."""
+    first, last = rollouts()
+    tie = Rollout(Prompt(2, (3,), "s", ""), [completion(14, 1, 1.0), completion(15, 1, 1.0)], completion(9, 1, 1.0))
+    given = ("algorithm.refill=True", f"{ACTOR}.loss_agg_mode=seq-mean-token-sum")
+    learned, policy, _, _ = learn(*given, batch=[first, tie, last])
+    # One update over all six answers, of which two are trained: 1/2 x 1/2 x 1/2 instead of 1/6 each.
+    assert policy.updates == [[(10, pytest.approx(1 / 8), None), (12, pytest.approx(1 / 8), None)]]
+    assert learned.metrics["refill/drawn_prompts"] == 3
+    assert learned.metrics["refill/informative_share"] == pytest.approx(2 / 3)
+    assert learned.metrics["refill/weight_factor"] == pytest.approx(3 / 4)
+    # Nothing to refill: what it is without.
+    learned, policy, _, _ = learn(*given)
+    assert policy.updates == [[(10, 1 / 4, None), (12, 1 / 4, None)]] and learned.metrics["refill/weight_factor"] == 1.0
+    # The limit ended it with one of three: all count, as without.
+    _, policy, _, _ = learn(*given, batch=[first, tie, tie])
+    assert policy.updates == [[(10, 1 / 6, None)]]
+
+
 CORRECTION = "algorithm.rollout_correction"
 # The recorder's log-probabilities minus the engine's -0.5: -0.5, -0.6 | -0.7, -0.8, their exponentials 0.61 to 0.45.
 REJECTS = (f"{CORRECTION}.rollout_rs=geometric", f"{CORRECTION}.rollout_rs_threshold=0.5_2.0")

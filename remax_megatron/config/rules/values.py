@@ -131,6 +131,42 @@ def zero_advantage_rows_have_no_gradient(setup: Setup) -> None:
 
 
 @rule
+def refilling_is_unbiased(setup: Setup) -> None:
+    """Prompts without a gradient are replaced only where they have none, and where the estimate stays unbiased."""
+    config = setup.config
+    size, limit = config.data.train_batch_size, config.algorithm.refill_limit
+    if not config.algorithm.refill:
+        return
+    if config.algorithm.adv_estimator not in ("remax", "rloo", "grpo"):
+        raise ConfigError(
+            f"algorithm.refill=True with algorithm.adv_estimator={config.algorithm.adv_estimator}, under which equal"
+            " rewards have a gradient too; set algorithm.refill=False, or adv_estimator to remax, rloo or grpo"
+        )
+    for key in ("algorithm.use_kl_in_reward", f"{ACTOR}.use_kl_loss", f"{ACTOR}.entropy_coeff"):
+        if value := value_of(config, key):
+            raise ConfigError(
+                f"algorithm.refill=True would drop prompts that have a gradient by {key}={value}; set {key}="
+                f"{SETTINGS[key].default}, or algorithm.refill=False"
+            )
+    if setup.mini_batch != size:
+        raise ConfigError(
+            f"algorithm.refill=True needs one update per batch, but {ACTOR}.ppo_mini_batch_size={setup.mini_batch} is"
+            f" less than data.train_batch_size={size}; set {ACTOR}.ppo_mini_batch_size=null"
+        )
+    if not config.data.shuffle or size < 2:
+        key, fix = ("shuffle", "True") if size > 1 else ("train_batch_size", "2 or more")
+        raise ConfigError(
+            f"algorithm.refill=True is unbiased only for two or more prompts in random order, and data.{key}="
+            f"{getattr(config.data, key)}; set data.{key} to {fix}, or algorithm.refill=False"
+        )
+    if limit is not None and limit < size:
+        raise ConfigError(
+            f"algorithm.refill_limit={limit} is below data.train_batch_size={size}, whose prompts it counts too; set"
+            f" algorithm.refill_limit to at least {size}, or to null"
+        )
+
+
+@rule
 def one_correction_of_the_mismatch(setup: Setup) -> None:
     """The mismatch between engine and policy is corrected once."""
     correction = setup.config.algorithm.rollout_correction
