@@ -17,8 +17,8 @@ from tqdm import tqdm
 from remax_megatron.atomic import replacing, written_for
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.checkpoint.state import capture
-from remax_megatron.config.schema import Config
-from remax_megatron.data.dataset import PromptDataset, batches
+from remax_megatron.config.schema import Config, refill_limit_of
+from remax_megatron.data.dataset import PromptDataset, batches, further
 from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
 from remax_megatron.evaluation import validate
 from remax_megatron.flops import UpdateFlops
@@ -26,6 +26,7 @@ from remax_megatron.gauges import process_gauges
 from remax_megatron.inputs import total_steps
 from remax_megatron.metrics import MetricsWriter
 from remax_megatron.phases import PhaseTimer
+from remax_megatron.refill import refill
 from remax_megatron.rollout.bridge import Bridge
 from remax_megatron.rollout.collect import Collector
 from remax_megatron.types import Prompt, Rollout
@@ -57,16 +58,16 @@ class Trainer:
         if self.start_step == 0:
             before = self._validate(0, due=self.config.trainer.val_before_train)
             self._log(0, {"epoch": 0, **sync_metrics(sync), **before})
-        for step, epoch, prompts in self._steps():
+        for step, epoch, batch in self._steps():
             with self.timer.step(step):
-                rollouts = self.collector.rollouts(prompts, step=step)
+                rollouts, refilled = self._rollouts(batch, step)
                 with self.timer.phase("update"):
                     learned = self.learner.learn(rollouts, f"Epoch {epoch}, Step {step}", step)
                 with self.timer.phase("sync"):
                     sync = self.bridge.sync()
             times = self.timer.pop()
             metrics = {"epoch": epoch, **rollout_metrics(rollouts, learned.rows), **update_metrics(learned.updates)}
-            metrics |= learned.metrics | sync_metrics(sync) | times
+            metrics |= refilled | learned.metrics | sync_metrics(sync) | times
             metrics |= throughput_metrics(rollouts, learned, times, self.flops)
             validation = self._validate(step, due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
             gauges = process_gauges(self.learner.policy.layout.device, self.timer.pop_peaks())
@@ -103,8 +104,25 @@ class Trainer:
         """Count the steps of the whole run."""
         return total_steps(self.config, len(self.train_prompts))
 
-    def _steps(self) -> Iterator[tuple[int, int, list[Prompt]]]:
-        """(step, epoch, prompts) of what is left to do, both counted from 1, under one progress bar per epoch."""
+    def _rollouts(self, batch: Sequence[int], step: int) -> tuple[list[Rollout], dict[str, float]]:
+        """The answers to the prompts at these positions, or, refilled, to those that count; and metrics."""
+        num_prompts, config = len(self.train_prompts), self.config
+        if not config.algorithm.refill:
+            return self.collector.rollouts([self.train_prompts[i] for i in batch], step=step), {}
+        order = [*batch, *further(num_prompts, batch, config.trainer.seed, step)]
+        refilled = refill(
+            (self.train_prompts[i] for i in order),
+            lambda prompts: self.collector.rollouts(prompts, step=step, sleeps=False),
+            self.learner.estimator,
+            wanted=config.data.train_batch_size,
+            limit=refill_limit_of(config, num_prompts),
+        )
+        self.collector.sleep()
+        return refilled.rollouts, {"refill/answered_prompts": refilled.num_answered}
+
+    def _steps(self) -> Iterator[tuple[int, int, list[int]]]:
+        """(step, epoch, positions of the prompts) of what is left to do, the first two counted from 1, under one
+        progress bar per epoch."""
         data, trainer = self.config.data, self.config.trainer
         step = self.start_step
         for epoch in range(step // self.steps_per_epoch + 1, self.num_epochs + 1):
@@ -117,7 +135,7 @@ class Trainer:
             bar = {"initial": begun, "unit": "step", "disable": hidden, "mininterval": often}
             for batch in tqdm(order[begun:], title, len(order), **bar):
                 step += 1
-                yield step, epoch, [self.train_prompts[i] for i in batch]
+                yield step, epoch, batch
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -17,13 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from remax_megatron.algorithm.advantages import training_rows
+from remax_megatron.algorithm.advantages import are_informative, training_rows
 from remax_megatron.algorithm.aggregation import weigh_rows
+from remax_megatron.algorithm.bounds import Bounds
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.algorithm.estimators.reward_softmax import effective_sample_size
 from remax_megatron.algorithm.kl import AdaptiveKl, FixedKl, kl_controller, token_kl, with_kl_in_reward
+from remax_megatron.algorithm.refill import weight_factor
+from remax_megatron.algorithm.rejection import SUMS as REJECTION_SUMS
+from remax_megatron.algorithm.rejection import kept_rows, rejection_metrics
 from remax_megatron.batching.packed import row_groups
-from remax_megatron.config.schema import Config, skips_zero_advantage
+from remax_megatron.config.schema import Config, rejection_of, skips_zero_advantage
 from remax_megatron.flops import RowGroup
 from remax_megatron.guards import Guards, mismatch_limit
 from remax_megatron.phases import PhaseTimer
@@ -72,6 +76,8 @@ class Learner:
         self.skips = skips_zero_advantage(config)
         correction, actor = algorithm.rollout_correction, config.actor_rollout_ref.actor
         self._has_ratio = actor.policy_loss == "ppo_clip" or correction.rollout_is is not None
+        self._has_ratio |= correction.rollout_rs is not None
+        self._rejection = rejection_of(correction) if correction.rollout_rs_denominator == "kept" else None
         rollout, dtype = config.actor_rollout_ref.rollout, actor.megatron.dtype
         self.stalls = Stalls()
         self.guards = Guards(
@@ -99,10 +105,17 @@ class Learner:
         rows = training_rows(rollouts, self.estimator)
         with self.timer.phase("score"):
             metrics = self._put_kl_in_reward(rows) if self.config.algorithm.use_kl_in_reward else {}
-        size = (actor.ppo_mini_batch_size or len(rollouts)) * self.config.actor_rollout_ref.rollout.n
+        refills, wanted = self.config.algorithm.refill, self.config.data.train_batch_size
+        mini_batch = len(rollouts) if refills else actor.ppo_mini_batch_size or len(rollouts)
+        size = mini_batch * self.config.actor_rollout_ref.rollout.n
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        for part in parts:
+        if self._rejection is not None:
+            with self.timer.phase("score"):
+                parts = self._reject(parts, self._rejection, metrics)
+        for part in filter(None, parts):
             weigh_rows(part, actor.loss_agg_mode)
+        if refills:
+            metrics |= refill_weights(rows, are_informative(rollouts, self.estimator), wanted)
         if self.skips:
             parts = [[row for row in part if any(row.advantages)] for part in parts]
         trained = [row for part in parts for row in part]
@@ -112,7 +125,8 @@ class Learner:
         updates = self._updates([part for part in parts * actor.ppo_epochs if part], label, step, packed)
         if len(updates) < len(parts) * actor.ppo_epochs:
             left = len(parts) * actor.ppo_epochs - len(updates)
-            log.info("%s: %d update(s) left out: every advantage in them is 0", label, left)
+            why = "" if self._rejection is None else ", or every answer is rejected"
+            log.info("%s: %d update(s) left out: every advantage in them is 0%s", label, left, why)
         if self.estimator.name == "reward_softmax":
             rewards = [[sample.reward for sample in rollout.samples] for rollout in rollouts]
             temperature = self.config.algorithm.reward_softmax_temperature
@@ -144,6 +158,20 @@ class Learner:
         if math.isfinite(mean):  # otherwise the loss is not finite either, and the guards have it
             self.kl.update(mean, len(rows))
         return metrics
+
+    def _reject(self, parts: Sequence[list[Row]], bounds: Bounds, metrics: dict[str, float]) -> list[list[Row]]:
+        """What is kept of `parts`, before anything is counted; [] of one without a token that is. Adds to `metrics`."""
+        rows = [row for part in parts for row in part if row.response_ids]
+        if any(row.old_logprobs is None for row in rows):
+            for row, logprobs in zip(rows, self.policy.logprobs(rows), strict=True):
+                row.old_logprobs = logprobs
+        ours, engines = ([x for row in rows for x in getattr(row, f"{name}_logprobs")] for name in ("old", "rollout"))
+        lengths = [len(row.response_ids) for row in rows]
+        kept, sums = kept_rows(torch.tensor(ours), torch.tensor(engines), lengths, bounds)
+        metrics |= rejection_metrics(dict(zip(REJECTION_SUMS, sums.tolist(), strict=True)))
+        rejected = {id(row) for row, is_kept in zip(rows, kept.tolist(), strict=True) if not is_kept}
+        left = [[row for row in part if id(row) not in rejected] for part in parts]
+        return [part if any(row.response_ids for row in part) else [] for part in left]
 
     def _add_logprobs(self, rows: list[Row], num_updates: int) -> None:
         """Give `rows` the log-probabilities their updates need: the old ones where a ratio can differ from 1."""
@@ -180,6 +208,19 @@ class Learner:
                     num_tokens = self.policy.num_computed_tokens(rows, batch)
                     log.info("%s: Dynamic Batch: %d samples (%d tokens)", label, len(batch), num_tokens)
         return self.policy.update(rows, schedule, self.reference, limit)
+
+
+def refill_weights(rows: Sequence[Row], informative: Sequence[bool], wanted: int) -> dict[str, float]:
+    """Make the weights of `rows` unbiased where further prompts were drawn until `wanted` were informative; the
+    prompts are those that were drawn and used. Returns the metrics."""
+    factor = weight_factor(sum(informative), len(informative), wanted)
+    for row in rows:
+        row.weight = None if row.weight is None else row.weight * factor
+    return {
+        "refill/drawn_prompts": len(informative),
+        "refill/informative_share": sum(informative) / len(informative),
+        "refill/weight_factor": factor,
+    }
 
 
 def _left_out(rows: Sequence[Row], trained: Sequence[Row], updates: Sequence[UpdateResult]) -> dict[str, float]:

@@ -31,6 +31,14 @@ def training_rows(rollouts: Sequence[Rollout], estimator: Estimator) -> list[Row
     ]
 
 
+def are_informative(rollouts: Sequence[Rollout], estimator: Estimator) -> list[bool]:
+    """Whether each prompt has a gradient: an answer with tokens that is not masked and whose advantage is not 0."""
+    return [
+        any(a and answer.token_ids and not answer.masked for a, answer in zip(row, rollout.samples, strict=True))
+        for row, rollout in zip(advantages(rollouts, estimator), rollouts, strict=True)
+    ]
+
+
 def _baseline(rollout: Rollout, name: str) -> float:
     """The reward of the greedy answer, after checking that the samples' weights wrote it."""
     if rollout.greedy is None:

@@ -16,3 +16,5 @@ KL_CONTROLLERS = ("fixed", "adaptive")
 KL_REWARD_MODES = ("to_go", "one_step")
 
 IMPORTANCE_LEVELS = ("token", "sequence")  # importance.py
+REJECTIONS = ("geometric", "seq_mean_k1")  # bounds.py, rejection.py
+REJECTION_DENOMINATORS = ("all", "kept")

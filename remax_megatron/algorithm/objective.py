@@ -2,6 +2,8 @@
 
     loss of a token = weight x (policy loss x importance weight - entropy_coeff x entropy + kl_coef x KL)
 
+and 0 in an answer that is rejected (algorithm/rejection.py).
+
 An `Objective` is called on each micro-batch; its sums and maxima are added up over micro-batches and ranks, and
 `metrics` makes the numbers of metrics.jsonl of them. So a new metric is a sum in `__call__` and a line in `metrics`.
 """
@@ -16,10 +18,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from remax_megatron.algorithm.bounds import Bounds
 from remax_megatron.algorithm.importance import SUMS as IMPORTANCE_SUMS
-from remax_megatron.algorithm.importance import ImportanceStats, importance_weights
+from remax_megatron.algorithm.importance import ImportanceStats, for_tokens, importance_weights
 from remax_megatron.algorithm.kl import token_kl
 from remax_megatron.algorithm.losses import Clip, clipped_policy_loss, reinforce_loss
+from remax_megatron.algorithm.rejection import SUMS as REJECTION_SUMS
+from remax_megatron.algorithm.rejection import kept_rows, rejection_metrics
 
 MISMATCH = "rollout/logprob_diff_mean"  # the metric that guards look at, in nats
 
@@ -56,7 +61,8 @@ class Objective:
     kl_kind               the KL in the loss (algorithm.kl), None: none; "full": the caller brings the KL of each token
     kl_coef               weight of that KL
     importance_level      weights against the engine's log-probabilities, "token" or "sequence", None: none
-    importance_threshold  where those weights are cut
+    importance_bounds     where those weights are cut or masked
+    rejection_bounds      answers whose geometric mean of ratios is outside are rejected, None: none
     """
 
     policy_loss: str = "ppo_clip"
@@ -65,7 +71,8 @@ class Objective:
     kl_kind: str | None = None
     kl_coef: float = 0.0
     importance_level: str | None = None
-    importance_threshold: float = 2.0
+    importance_bounds: Bounds = Bounds(2.0)
+    rejection_bounds: Bounds | None = None
 
     def __call__(
         self, batch: ScoredTokens, logprob_R: Tensor, entropy_R: Tensor, full_kl_R: Tensor | None = None
@@ -81,13 +88,18 @@ class Objective:
         largest: dict[str, Tensor] = {}
         if self.importance_level is not None:
             weight_R, sums, largest["importance"] = self._importance(batch, logprob_R)
-            weights = {f"importance_{name}": value for name, value in zip(IMPORTANCE_SUMS, sums.unbind(), strict=True)}
+            weights |= _named("importance", IMPORTANCE_SUMS, sums)
             loss_R = loss_R * weight_R
         if self.entropy_coeff:
             loss_R = loss_R - self.entropy_coeff * entropy_R
         kl_R = self._kl(batch, logprob_R, full_kl_R)
         if kl_R is not None:
             loss_R = loss_R + self.kl_coef * kl_R
+        if self.rejection_bounds is not None:
+            before_R, engine_R, lengths = _before(batch, logprob_R), batch.rollout_logprob_R, batch.response_lengths
+            kept, sums = kept_rows(before_R, engine_R, lengths, self.rejection_bounds)
+            weights |= _named("rejection", REJECTION_SUMS, sums)
+            loss_R = loss_R * for_tokens(kept, lengths)
         loss_R = loss_R * batch.weight_R
         total = loss_R.sum()
         mismatch_R = logprob_R.detach() - batch.rollout_logprob_R
@@ -127,10 +139,12 @@ class Objective:
             "rollout/logprob_diff_signed_mean": mean["mismatch_rollout_minus_policy"],
             "rollout/logprob_diff_max": maxima["mismatch_abs"],
         }
-        if self.importance_level is None:
-            return metrics
-        weights = {name: sums[f"importance_{name}"] for name in IMPORTANCE_SUMS}
-        return metrics | ImportanceStats(**weights, largest=maxima["importance"]).metrics()
+        if self.importance_level is not None:
+            weights = {name: sums[f"importance_{name}"] for name in IMPORTANCE_SUMS}
+            metrics |= ImportanceStats(**weights, largest=maxima["importance"]).metrics(self.importance_bounds)
+        if self.rejection_bounds is not None:
+            metrics |= rejection_metrics({name: sums[f"rejection_{name}"] for name in REJECTION_SUMS})
+        return metrics
 
     @cached_property
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -141,13 +155,12 @@ class Objective:
 
     def _importance(self, batch: ScoredTokens, logprob_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert self.importance_level is not None
-        before_R = logprob_R.detach() if batch.old_logprob_R is None else batch.old_logprob_R
         return importance_weights(
-            before_R,
+            _before(batch, logprob_R),
             batch.rollout_logprob_R,
             batch.response_lengths,
             level=self.importance_level,
-            threshold=self.importance_threshold,
+            bounds=self.importance_bounds,
         )
 
     def _kl(self, batch: ScoredTokens, logprob_R: Tensor, full_kl_R: Tensor | None) -> Tensor | None:
@@ -158,6 +171,15 @@ class Objective:
             return full_kl_R
         assert batch.ref_logprob_R is not None, "a KL loss needs the reference's log-probabilities"
         return token_kl(logprob_R, batch.ref_logprob_R, self.kl_kind)
+
+
+def _before(batch: ScoredTokens, logprob_R: Tensor) -> Tensor:
+    """The policy's log-probabilities before the update, [R]."""
+    return logprob_R.detach() if batch.old_logprob_R is None else batch.old_logprob_R
+
+
+def _named(prefix: str, names: tuple[str, ...], sums: Tensor) -> dict[str, Tensor]:
+    return {f"{prefix}_{name}": value for name, value in zip(names, sums.unbind(), strict=True)}
 
 
 @dataclass

@@ -84,13 +84,13 @@ def check_same_run(state: RunState, config: Config, train_prompts: str) -> None:
 
 
 def _saved_value(saved: dict[str, Any], key: str) -> Any:
-    """A key that the saved settings do not have yet had its default."""
+    """A key that the saved settings do not have yet had its default; a text may have been a number before."""
     value: Any = saved
     for name in key.split("."):
         if not isinstance(value, dict) or name not in value:
             return SETTINGS[key].default
         value = value[name]
-    return value
+    return str(value) if SETTINGS[key].is_text and isinstance(value, float) else value
 
 
 def _named_checkpoint(path: Path) -> Path:

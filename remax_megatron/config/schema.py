@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from remax_megatron.algorithm.aggregation import MODES as AGGREGATION_MODES
+from remax_megatron.algorithm.bounds import Bounds, read_bounds, rejection_bounds
 from remax_megatron.algorithm.estimators import NAMES as ESTIMATORS
 from remax_megatron.algorithm.names import (
     IMPORTANCE_LEVELS,
@@ -21,6 +22,8 @@ from remax_megatron.algorithm.names import (
     KL_KINDS,
     KL_REWARD_MODES,
     POLICY_LOSSES,
+    REJECTION_DENOMINATORS,
+    REJECTIONS,
 )
 from remax_megatron.config.setting import (
     ABOVE_1,
@@ -446,12 +449,30 @@ class KlCtrl:
 
 @dataclass
 class RolloutCorrection:
-    """Truncated importance sampling for the mismatch between engine and trainer; see docs/algorithm.md."""
+    """Importance weights and rejection for the mismatch between engine and trainer; see docs/algorithm.md."""
 
     rollout_is: str | None = setting(
         None, choices=(None, *IMPORTANCE_LEVELS), help="Weights for tokens or for whole answers; null: none."
     )
-    rollout_is_threshold: float = setting(2.0, limits=POSITIVE, help="The largest weight.")
+    rollout_is_threshold: str = setting(
+        "2.0",
+        help="The largest weight, to which larger ones are cut; or LOWER_UPPER, such as 0.5_5.0: others become 0.",
+    )
+    rollout_rs: str | None = setting(
+        None,
+        choices=(None, *REJECTIONS),
+        help="Rejects answers by the geometric mean of their token ratios: of policy over engine (geometric), or of "
+        "engine over policy (seq_mean_k1); null: none.",
+    )
+    rollout_rs_threshold: str | None = setting(
+        None, help="The bounds LOWER_UPPER on that mean, or one number U for 1/U to U; has to be set with rollout_rs."
+    )
+    rollout_rs_denominator: str = setting(
+        "all",
+        choices=REJECTION_DENOMINATORS,
+        help="What the loss is divided by: all answers, or those that are kept, as in verl, for which all are scored "
+        "in a pass of their own.",
+    )
     bypass_old_logprobs: bool = setting(
         False, help="Takes PPO's ratio against the engine's log-probabilities and saves the pass for the old ones."
     )
@@ -478,6 +499,16 @@ class Algorithm:
         choices=KL_REWARD_MODES,
         help="Whether a token answers for its own and all later KL, as in verl, or for its own, as in the authors' "
         "repository.",
+    )
+    refill: bool = setting(
+        False,
+        help="Draws further prompts for those without a gradient, until data.train_batch_size have one; see "
+        "docs/algorithm.md.",
+    )
+    refill_limit: int | None = setting(
+        None,
+        limits=POSITIVE,
+        help="Prompts drawn for one batch, its own included, at most; null: four times data.train_batch_size.",
     )
     kl_ctrl: KlCtrl = group(KlCtrl)
     rollout_correction: RolloutCorrection = group(RolloutCorrection)
@@ -656,6 +687,23 @@ def skips_zero_advantage(config: Config) -> bool:
     if actor.skip_zero_advantage is None:
         return not needs_reference(config) and actor.entropy_coeff == 0
     return actor.skip_zero_advantage
+
+
+def refill_limit_of(config: Config, num_prompts: int) -> int:
+    """Prompts that are drawn for one batch at most, of `num_prompts` in the data."""
+    return min(config.algorithm.refill_limit or 4 * config.data.train_batch_size, num_prompts)
+
+
+def importance_of(correction: RolloutCorrection) -> Bounds:
+    """Where importance weights are cut or masked."""
+    return read_bounds(str(correction.rollout_is_threshold))
+
+
+def rejection_of(correction: RolloutCorrection) -> Bounds | None:
+    """The bounds outside of which an answer is rejected; None: none is."""
+    if correction.rollout_rs is None:
+        return None
+    return rejection_bounds(correction.rollout_rs, str(correction.rollout_rs_threshold))
 
 
 def recompute_of(config: Config) -> Recompute:

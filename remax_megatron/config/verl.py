@@ -329,14 +329,22 @@ TABLE: dict[tuple[str, ...], Fate] = {
     # rewards and the algorithm
     ("algorithm.lam",): Ignored("it is of PPO's critic, which is not offered yet"),
     ("algorithm.in_reward_kl.coef",): ReadAs(("algorithm.kl_ctrl.kl_coef",)),
-    ("algorithm.use_pf_ppo", "algorithm.filter_groups.enable"): Refused(
-        "a batch is trained as it was answered; set it to False", (False,)
+    ("algorithm.use_pf_ppo",): Refused("a batch is trained as it was answered; set it to False", (False,)),
+    ("algorithm.pf_ppo.*",): Ignored("a batch is trained as it was answered"),
+    ("algorithm.filter_groups.enable",): Refused(
+        "prompts without a gradient are replaced by algorithm.refill=True, which stays unbiased; set it to False",
+        (False,),
     ),
-    ("algorithm.pf_ppo.*", "algorithm.filter_groups.*"): Ignored("a batch is trained as it was answered"),
+    ("algorithm.filter_groups.*",): Ignored(
+        "groups are not filtered; algorithm.refill replaces those without a gradient"
+    ),
     ("algorithm.rollout_correction.bypass_mode",): ReadAs(("algorithm.rollout_correction.bypass_old_logprobs",)),
     ("algorithm.rollout_correction.loss_type",): Refused(f"set {ACTOR}.policy_loss", ("ppo_clip",)),
+    ("algorithm.rollout_correction.rollout_rs_threshold_lower",): Refused(
+        "write both bounds as algorithm.rollout_correction.rollout_rs_threshold=LOWER_UPPER; leave it out"
+    ),
     ("algorithm.rollout_correction.*",): Refused(
-        "of the corrections only rollout_is with rollout_is_threshold is offered; leave it out", (False,)
+        "of the corrections only rollout_is and rollout_rs, with their thresholds, are offered; leave it out", (False,)
     ),
     ("critic.enable",): Refused(_NO_CRITIC, (False,)),
     ("critic.*",): Refused(_NO_CRITIC),

@@ -345,3 +345,14 @@ def batches(num_prompts: int, batch_size: int, seed: int, epoch: int, shuffle: b
         np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).shuffle(order)
     num_batches = num_prompts // batch_size
     return [[int(i) for i in row] for row in order[: num_batches * batch_size].reshape(num_batches, batch_size)]
+
+
+def further(num_prompts: int, batch: Sequence[int], seed: int, step: int) -> list[int]:
+    """All positions that are not in `batch`, in a random order that is step number `step`'s own.
+
+    A function of its arguments alone (numpy PCG64 seeded with (seed, step, 1)). After a shuffled batch the two together
+    are a random order of all prompts.
+    """
+    order = np.setdiff1d(np.arange(num_prompts), np.asarray(batch, dtype=int))
+    np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, 1]))).shuffle(order)
+    return [int(i) for i in order]

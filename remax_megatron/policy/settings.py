@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from remax_megatron.algorithm.losses import Clip
 from remax_megatron.algorithm.objective import Objective
-from remax_megatron.config.schema import Actor, Config, RolloutCorrection, recompute_of
+from remax_megatron.config.schema import Actor, Config, RolloutCorrection, importance_of, recompute_of, rejection_of
 from remax_megatron.policy.learning_rate import LearningRate, learning_rate
 from remax_megatron.types import NO_RECOMPUTE, Recompute
 
@@ -40,7 +40,7 @@ class PolicySettings:
 
     def objective(self) -> Objective:
         """The loss that these settings describe."""
-        actor = self.actor
+        actor, correction = self.actor, self.correction
         low, high = actor.clip_ratio_low, actor.clip_ratio_high
         return Objective(
             policy_loss=actor.policy_loss,
@@ -52,6 +52,7 @@ class PolicySettings:
             entropy_coeff=actor.entropy_coeff,
             kl_kind=actor.kl_loss_type if actor.use_kl_loss else None,
             kl_coef=actor.kl_loss_coef,
-            importance_level=self.correction.rollout_is,
-            importance_threshold=self.correction.rollout_is_threshold,
+            importance_level=correction.rollout_is,
+            importance_bounds=importance_of(correction),
+            rejection_bounds=rejection_of(correction) if correction.rollout_rs_denominator == "all" else None,
         )

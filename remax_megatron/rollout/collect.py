@@ -32,15 +32,17 @@ class Collector:
         self.engine, self.pool, self.max_failure_share, self.timer = engine, pool, max_failure_share, timer
         self.lengths = lengths
 
-    def rollouts(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
+    def rollouts(self, prompts: Sequence[Prompt], *, step: int, sleeps: bool = True) -> list[Rollout]:
         """The answers to each prompt, scored, in the order of `prompts`, on every rank.
 
-        The engine gives its GPU memory back afterwards; the next weight sync wakes it.
+        The engine gives its GPU memory back afterwards, and the next weight sync wakes it, unless it is to answer more
+        with the same weights and `sleeps` is False; `sleep` is the caller's then.
         """
         mine = _share(prompts, self.engine.replica, self.engine.num_replicas)
         with self.timer.phase("rollout"):
             rollouts = self.engine.rollout(mine, step=step)
-            self.engine.sleep()
+            if sleeps:
+                self.engine.sleep()
             dist.barrier()  # the phase is as long as the slowest replica's
         with self.timer.phase("reward"):
             self._reward([(rollout.prompt, answer) for rollout in rollouts for answer in rollout.completions])
@@ -50,6 +52,12 @@ class Collector:
             for answer in answers if self.lengths is not None else ():
                 self.lengths.apply(answer)
             return gathered
+
+    def sleep(self) -> None:
+        """Have the engine give its GPU memory back; every rank calls."""
+        with self.timer.phase("rollout"):
+            self.engine.sleep()
+            dist.barrier()
 
     def validation(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
         """The scored validation answers to each prompt, in order, on every rank; `check_rewards` is the caller's."""
@@ -74,7 +82,7 @@ class Collector:
 
         RewardFailures when so many fail here that it would be too many even if all others were sound.
         """
-        if not self.engine.leads_replica:
+        if not self.engine.leads_replica or not answers:
             return
         assert self.pool is not None
         total = len(answers) * self.engine.num_replicas  # the shares of replicas differ by a prompt at most

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from remax_megatron.algorithm.bounds import Bounds
 from remax_megatron.algorithm.losses import Clip
 from remax_megatron.algorithm.objective import MISMATCH, Objective
 
@@ -60,7 +61,7 @@ def test_reinforce_has_no_ratio() -> None:
 
 def test_importance_weights_are_those_before_the_update() -> None:
     """exp(old - rollout): 1, exp(0.5 - log 2) and exp(-0.5 + log 2), the last cut at 1.1."""
-    objective = Objective(importance_level="token", importance_threshold=1.1)
+    objective = Objective(importance_level="token", importance_bounds=Bounds(1.1))
     found = metrics(objective, objective(batch(), LOGPROB_R, ENTROPY_R))
     weights = [1.0, math.exp(0.5) / 2, 2 * math.exp(-0.5)]
     cut = [min(weight, 1.1) for weight in weights]
@@ -68,6 +69,42 @@ def test_importance_weights_are_those_before_the_update() -> None:
     assert found["importance/mean"] == pytest.approx(sum(weights) / 3)
     assert found["importance/max"] == pytest.approx(weights[2])
     assert found["importance/truncated_share"] == pytest.approx(1 / 3)
+
+
+def test_masked_tokens_stay_in_the_denominator() -> None:
+    """Weights 1, 0.82 and 1.21 (masked above 1.1): the sum of what is left is still weighed by 1/3."""
+    objective = Objective(importance_level="token", importance_bounds=Bounds(1.1, 0.5), entropy_coeff=0.1)
+    found = metrics(objective, objective(batch(), LOGPROB_R, ENTROPY_R))
+    expected = -1.0 - 1.2 * math.exp(0.5) / 2 + 0.0 - 0.1 * 1.8  # the masked token keeps its entropy
+    assert found["actor/loss"] == pytest.approx(expected / 3, abs=1e-6)
+    assert found["importance/masked_above_share"] == pytest.approx(1 / 3)
+    assert found["importance/masked_below_share"] == 0.0
+
+
+def test_a_rejected_answer_has_no_loss_and_stays_in_the_denominator() -> None:
+    """Old minus engine is 0 | 0.5 - log 2, log 2 - 0.5: geometric means 1 and 1; with -1.0 for -1.5, 1 and 0.78."""
+    engine_R = torch.tensor([-1.0, -1.0, -2.0])
+    objective = Objective(rejection_bounds=Bounds(1.25, 0.8), entropy_coeff=0.1)
+    logprob_R = LOGPROB_R.clone().requires_grad_()
+    terms = objective(batch(rollout_logprob_R=engine_R), logprob_R, ENTROPY_R)
+    found = metrics(objective, terms)
+    assert found["actor/loss"] == pytest.approx((-1.0 - 0.1 * 0.3) / 3, abs=1e-6)
+    assert found["rejection/answer_share"] == 0.5 and found["rejection/token_share"] == pytest.approx(2 / 3)
+    assert found["rejection/ratio_mean"] == pytest.approx((1 + math.exp(-0.25)) / 2)
+    terms.total.backward()
+    assert logprob_R.grad is not None and logprob_R.grad.tolist() == pytest.approx([-1 / 3, 0.0, 0.0])
+
+
+def test_rejection_is_that_of_each_part() -> None:
+    """The loss of two micro-batches of a row each is that of one with both."""
+    objective = Objective(rejection_bounds=Bounds(1.25, 0.8), importance_level="token")
+    whole = batch(rollout_logprob_R=torch.tensor([-1.0, -1.0, -2.0]))
+    fields = ("advantage_R", "weight_R", "rollout_logprob_R", "old_logprob_R", "ref_logprob_R")
+    total = torch.zeros(())
+    for part, length in ((slice(0, 1), 1), (slice(1, 3), 2)):
+        cut = batch(response_lengths=[length], **{name: getattr(whole, name)[part] for name in fields})
+        total = total + objective(cut, LOGPROB_R[part], ENTROPY_R[part]).total
+    torch.testing.assert_close(total, objective(whole, LOGPROB_R, ENTROPY_R).total)
 
 
 def test_the_full_kl_is_the_callers() -> None:
@@ -83,6 +120,7 @@ def test_a_loss_that_is_not_finite_is_found() -> None:
 
 @pytest.mark.parametrize("level", [None, "token", "sequence"])
 def test_ranks_without_tokens_know_the_names(level: str | None) -> None:
-    objective = Objective(importance_level=level, kl_kind="full")
+    rejection = None if level is None else Bounds(1.25, 0.8)
+    objective = Objective(importance_level=level, kl_kind="full", rejection_bounds=rejection)
     terms = objective(batch(), LOGPROB_R, ENTROPY_R, torch.zeros(3))
     assert objective.names == (tuple(terms.sums), tuple(terms.maxima))

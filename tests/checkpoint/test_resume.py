@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from remax_megatron.checkpoint.folders import check_files, iteration_folder, saved_steps
+from remax_megatron.checkpoint.resume import check_same_run
+from remax_megatron.checkpoint.state import CheckpointError, RunState
+from remax_megatron.config.load import load_config
 from remax_megatron.convert import megatron_to_hf
 from remax_megatron.demo.word_problems import ensure_data
 from remax_megatron.metrics import read_metrics
@@ -172,3 +176,13 @@ def test_damage_everywhere_ends_the_run_before_anything_is_lost(torchrun, settin
     assert damaged.code != 0 and "no other one is sound" in damaged.output
     assert "iter_0000003/__0_0.distcp is not what file_manifest.json says" in damaged.output
     assert measured(run_dir) == measured(in_one_go["dp2"])  # nothing was lost
+
+
+def test_a_threshold_that_was_saved_as_a_number_is_the_same_as_text():
+    config = load_config("demo").config
+    saved = dataclasses.asdict(config)
+    saved["algorithm"]["rollout_correction"]["rollout_is_threshold"] = 2.0
+    check_same_run(RunState(1, 1, 1, {}, "digest", saved), config, "digest")
+    saved["algorithm"]["rollout_correction"]["rollout_is_threshold"] = 3.0
+    with pytest.raises(CheckpointError, match=r"rollout_is_threshold \(was 3.0, is 2.0\)"):
+        check_same_run(RunState(1, 1, 1, {}, "digest", saved), config, "digest")

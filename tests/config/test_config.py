@@ -55,6 +55,7 @@ MEGATRON = f"{ACTOR}.megatron"
 RECOMPUTE = f"{MEGATRON}.override_transformer_config"
 CORRECTION = "algorithm.rollout_correction"
 ROLLOUT = "actor_rollout_ref.rollout"
+REJECTS = [f"{CORRECTION}.rollout_rs=geometric", f"{CORRECTION}.rollout_rs_threshold=0.99_1.01"]
 
 
 @cache
@@ -422,6 +423,14 @@ def test_mapped_settings(override, words, key, value):
     assert words is None or any(words in note for note in notes), notes
 
 
+def test_thresholds_are_kept_as_they_are_written():
+    """YAML reads 0.5_5 as the number 0.55."""
+    threshold = f"{CORRECTION}.rollout_is_threshold"
+    for written in ("0.5_5", "0.5_5.0", "2.0", "3"):
+        config, _ = load_and_check(f"{threshold}={written}", f"{MEGATRON}.tensor_model_parallel_size=1")
+        assert value_of(config, threshold) == written
+
+
 def test_a_warmup_has_one_length():
     share, steps = f"{ACTOR}.optim.lr_warmup_steps_ratio=0.1", f"{ACTOR}.optim.lr_warmup_steps"
     assert any("lr_warmup_steps=5 goes before it" in note for note in check(share, f"{steps}=5"))
@@ -511,10 +520,52 @@ BROKEN = {
         [f"{ACTOR}.skip_zero_advantage=True", f"{ACTOR}.entropy_coeff=0.01"],
         ["entropy_coeff=0.01", "skip_zero_advantage=null"],
     ),
+    "refill an estimator": (
+        ["algorithm.refill=True", "algorithm.adv_estimator=reinforce"],
+        ["refill=True with algorithm.adv_estimator=reinforce", "remax, rloo or grpo"],
+    ),
+    "refill with kl": (
+        ["algorithm.refill=True", f"{ACTOR}.use_kl_loss=True"],
+        ["use_kl_loss=True; set", "use_kl_loss=False", "refill=False"],
+    ),
+    "refill mini-batches": (
+        ["algorithm.refill=True", f"{ACTOR}.ppo_mini_batch_size=32"],
+        ["ppo_mini_batch_size=32", "train_batch_size=64", "ppo_mini_batch_size=null"],
+    ),
+    "refill in order": (["algorithm.refill=True", "data.shuffle=False"], ["data.shuffle=False; set data.shuffle"]),
+    "refill one": (
+        ["algorithm.refill=True", "data.train_batch_size=1", f"{ACTOR}.ppo_mini_batch_size=null"],
+        ["data.train_batch_size=1; set data.train_batch_size to 2 or more"],
+    ),
+    "refill limit": (
+        ["algorithm.refill=True", "algorithm.refill_limit=63"],
+        ["refill_limit=63 is below data.train_batch_size=64", "at least 64"],
+    ),
     "bypass and weights": (
         [f"{CORRECTION}.bypass_old_logprobs=True", f"{CORRECTION}.rollout_is=token"],
         ["already the importance weight", "rollout_is=null"],
     ),
+    "bypass and rejection": (
+        [f"{CORRECTION}.bypass_old_logprobs=True", *REJECTS],
+        ["rollout_rs=geometric no log-probabilities", "rollout_rs=null"],
+    ),
+    "weights without threshold": (
+        [f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_is_threshold=x"],
+        ["rollout_is_threshold=x is no threshold", "0.5_5.0"],
+    ),
+    "threshold upside down": (
+        [f"{CORRECTION}.rollout_is_threshold=5.0_0.5"],
+        ["rollout_is_threshold=5.0_0.5 is no threshold", "LOWER_UPPER"],
+    ),
+    "rejection without threshold": (
+        [REJECTS[0]],
+        ["rollout_rs=geometric with", "rollout_rs_threshold=null", "0.99_1.01", "at least 1"],
+    ),
+    "rejection of all": (
+        [REJECTS[0], f"{CORRECTION}.rollout_rs_threshold=0.5"],
+        ["rollout_rs_threshold=0.5, which is no threshold", "at least 1"],
+    ),
+    "rejection by tokens": ([f"{CORRECTION}.rollout_rs=token_k1"], ["rollout_rs=token_k1", "geometric, seq_mean_k1"]),
     "bypass without ratio": (
         [f"{CORRECTION}.bypass_old_logprobs=True", f"{ACTOR}.policy_loss=reinforce"],
         ["needs a loss with a ratio", "policy_loss=ppo_clip"],

@@ -139,7 +139,8 @@ REFUSED = {  # an override: words of the one line that refuses it
     f"{ROLLOUT}.quantization=fp8": "leave it out",
     f"{ROLLOUT}.multi_turn.enable=True": "one turn; set it to False",
     f"{ROLLOUT}.engine_kwargs.vllm.swap_space=4": "leave it out",
-    "algorithm.rollout_correction.rollout_rs=token": "leave it out",
+    "algorithm.rollout_correction.rollout_is_batch_normalize=True": "leave it out",
+    "algorithm.rollout_correction.rollout_rs_threshold_lower=0.5": "rollout_rs_threshold=LOWER_UPPER; leave it out",
     "model_engine=dp": "set it to megatron",
     "critic=5": "PPO's critic",
 }

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from remax_megatron.atomic import replacing
 from remax_megatron.data import gsm8k
-from remax_megatron.data.dataset import PromptDataset, batches, load_prompts
+from remax_megatron.data.dataset import PromptDataset, batches, further, load_prompts
 from remax_megatron.data.rows import as_messages
 from remax_megatron.data.schema import GSM8K_SCHEMA, DataError, make_row, prompt_schema, write_parquet
 from tests import ROOT
@@ -341,6 +341,13 @@ def test_chat_template_errors(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_further_prompts_are_all_others_in_an_order_of_the_step() -> None:
+    assert further(7, [5, 0, 1], seed=1, step=1) == further(7, [5, 0, 1], seed=1, step=1) == [3, 6, 4, 2]
+    orders = {tuple(further(50, [3], seed, step)) for seed in (1, 2) for step in (1, 2, 3)}
+    assert len(orders) == 6
+    assert further(2, [1, 0], seed=1, step=1) == []
 
 
 def test_batches_golden() -> None:

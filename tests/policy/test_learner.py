@@ -125,6 +125,56 @@ def test_the_engines_logprobs_may_stand_for_the_old_ones() -> None:
     assert policy.scored == []
 
 
+def test_refilled_prompts_are_weighed_by_where_the_drawing_stopped() -> None:
+    """A prompt that ties is drawn before the second informative one: 2 of 3 draws, so (2 - 1) / (3 - 1) x the mean."""
+    first, last = rollouts()
+    tie = Rollout(Prompt(2, (3,), "s", ""), [completion(14, 1, 1.0), completion(15, 1, 1.0)], completion(9, 1, 1.0))
+    given = ("algorithm.refill=True", f"{ACTOR}.loss_agg_mode=seq-mean-token-sum")
+    learned, policy, _, _ = learn(*given, batch=[first, tie, last])
+    # One update over all six answers, of which two are trained: 1/2 x 1/2 x 1/2 instead of 1/6 each.
+    assert policy.updates == [[(10, pytest.approx(1 / 8), None), (12, pytest.approx(1 / 8), None)]]
+    assert learned.metrics["refill/drawn_prompts"] == 3
+    assert learned.metrics["refill/informative_share"] == pytest.approx(2 / 3)
+    assert learned.metrics["refill/weight_factor"] == pytest.approx(3 / 4)
+    # Nothing to refill: what it is without.
+    learned, policy, _, _ = learn(*given)
+    assert policy.updates == [[(10, 1 / 4, None), (12, 1 / 4, None)]] and learned.metrics["refill/weight_factor"] == 1.0
+    # The limit ended it with one of three: all count, as without.
+    _, policy, _, _ = learn(*given, batch=[first, tie, tie])
+    assert policy.updates == [[(10, 1 / 6, None)]]
+
+
+CORRECTION = "algorithm.rollout_correction"
+# The recorder's log-probabilities minus the engine's -0.5: -0.5, -0.6 | -0.7, -0.8, their exponentials 0.61 to 0.45.
+REJECTS = (f"{CORRECTION}.rollout_rs=geometric", f"{CORRECTION}.rollout_rs_threshold=0.5_2.0")
+
+
+def test_rejected_answers_may_leave_the_denominator() -> None:
+    learned, policy, _, _ = learn(*REJECTS, f"{CORRECTION}.rollout_rs_denominator=kept")
+    # All four are scored, those of advantage 0 too; 6 response tokens are kept, of which 2 are trained.
+    assert [row.response_ids[0] for row in policy.scored[0]] == [10, 11, 12, 13] and len(policy.scored) == 1
+    assert policy.updates == [[(10, 1 / 6, None)]]
+    assert learned.metrics["rejection/answer_share"] == 0.5
+    assert learned.metrics["rejection/token_share"] == pytest.approx(2 / 8)
+    # Without the rows of advantage 0 the weights are the same.
+    _, policy, _, _ = learn(*REJECTS, f"{CORRECTION}.rollout_rs_denominator=kept", f"{ACTOR}.skip_zero_advantage=False")
+    assert policy.updates == [[(10, 1 / 6, None), (11, 1 / 6, None)]]
+
+
+def test_rejected_answers_stay_in_the_denominator_by_default() -> None:
+    learned, policy, _, _ = learn(*REJECTS)
+    assert policy.updates == [[(10, 1 / 8, None), (12, 1 / 8, None)]]  # the objective rejects, in the update's own pass
+    assert policy.scored == [] and not any(name.startswith("rejection/") for name in learned.metrics)
+
+
+def test_a_batch_of_rejected_answers_is_left_out_and_said() -> None:
+    learned, policy, _, log = learn(
+        REJECTS[0], f"{CORRECTION}.rollout_rs_threshold=0.9_1.1", f"{CORRECTION}.rollout_rs_denominator=kept"
+    )
+    assert policy.updates == [] and learned.metrics["rejection/answer_share"] == 1.0
+    assert log == ["Epoch 1, Step 1: 1 update(s) left out: every advantage in them is 0, or every answer is rejected"]
+
+
 @pytest.mark.parametrize(
     ("mode", "advantages"),
     # The reference is 1 nat lower on every token: k1 is 1, the coefficient 0.1.

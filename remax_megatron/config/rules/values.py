@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.config.rules.registry import Setup, one_of, rule
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, SETTINGS, ConfigError
+from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, SETTINGS, ConfigError, importance_of, rejection_of
 from remax_megatron.config.setting import value_of
 
 
@@ -131,6 +131,42 @@ def zero_advantage_rows_have_no_gradient(setup: Setup) -> None:
 
 
 @rule
+def refilling_is_unbiased(setup: Setup) -> None:
+    """Prompts without a gradient are replaced only where they have none, and where the estimate stays unbiased."""
+    config = setup.config
+    size, limit = config.data.train_batch_size, config.algorithm.refill_limit
+    if not config.algorithm.refill:
+        return
+    if config.algorithm.adv_estimator not in ("remax", "rloo", "grpo"):
+        raise ConfigError(
+            f"algorithm.refill=True with algorithm.adv_estimator={config.algorithm.adv_estimator}, under which equal"
+            " rewards have a gradient too; set algorithm.refill=False, or adv_estimator to remax, rloo or grpo"
+        )
+    for key in ("algorithm.use_kl_in_reward", f"{ACTOR}.use_kl_loss", f"{ACTOR}.entropy_coeff"):
+        if value := value_of(config, key):
+            raise ConfigError(
+                f"algorithm.refill=True would drop prompts that have a gradient by {key}={value}; set {key}="
+                f"{SETTINGS[key].default}, or algorithm.refill=False"
+            )
+    if setup.mini_batch != size:
+        raise ConfigError(
+            f"algorithm.refill=True needs one update per batch, but {ACTOR}.ppo_mini_batch_size={setup.mini_batch} is"
+            f" less than data.train_batch_size={size}; set {ACTOR}.ppo_mini_batch_size=null"
+        )
+    if not config.data.shuffle or size < 2:
+        key, fix = ("shuffle", "True") if size > 1 else ("train_batch_size", "2 or more")
+        raise ConfigError(
+            f"algorithm.refill=True is unbiased only for two or more prompts in random order, and data.{key}="
+            f"{getattr(config.data, key)}; set data.{key} to {fix}, or algorithm.refill=False"
+        )
+    if limit is not None and limit < size:
+        raise ConfigError(
+            f"algorithm.refill_limit={limit} is below data.train_batch_size={size}, whose prompts it counts too; set"
+            f" algorithm.refill_limit to at least {size}, or to null"
+        )
+
+
+@rule
 def one_correction_of_the_mismatch(setup: Setup) -> None:
     """The mismatch between engine and policy is corrected once."""
     correction = setup.config.algorithm.rollout_correction
@@ -140,11 +176,38 @@ def one_correction_of_the_mismatch(setup: Setup) -> None:
             f"{key}.bypass_old_logprobs=True with {key}.rollout_is={correction.rollout_is}: PPO's ratio is then already"
             f" the importance weight; set {key}.rollout_is=null or bypass_old_logprobs=False"
         )
+    if correction.bypass_old_logprobs and correction.rollout_rs is not None:
+        raise ConfigError(
+            f"{key}.bypass_old_logprobs=True leaves {key}.rollout_rs={correction.rollout_rs} no log-probabilities of"
+            f" the policy to compare; set {key}.rollout_rs=null or bypass_old_logprobs=False"
+        )
     if correction.bypass_old_logprobs and setup.actor.policy_loss != "ppo_clip":
         raise ConfigError(
             f"{key}.bypass_old_logprobs=True needs a loss with a ratio, but {ACTOR}.policy_loss="
             f"{setup.actor.policy_loss}; set {ACTOR}.policy_loss=ppo_clip"
         )
+
+
+@rule
+def thresholds_are_bounds(setup: Setup) -> None:
+    """The thresholds of the corrections are a number or two, in order."""
+    correction, key = setup.config.algorithm.rollout_correction, "algorithm.rollout_correction"
+    try:
+        importance_of(correction)
+    except ValueError:
+        raise ConfigError(
+            f"{key}.rollout_is_threshold={correction.rollout_is_threshold} is no threshold; set it to a number greater"
+            " than 0, or to LOWER_UPPER, such as 0.5_5.0"
+        ) from None
+    try:
+        rejection_of(correction)
+    except ValueError:
+        given = "null" if correction.rollout_rs_threshold is None else correction.rollout_rs_threshold
+        raise ConfigError(
+            f"{key}.rollout_rs={correction.rollout_rs} with {key}.rollout_rs_threshold={given}, which is no threshold;"
+            f" set {key}.rollout_rs_threshold to LOWER_UPPER, both greater than 0, such as 0.99_1.01, or to a number"
+            " of at least 1"
+        ) from None
 
 
 @rule

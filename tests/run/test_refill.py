@@ -1,0 +1,73 @@
+"""The trainer draws further prompts: which, in which rounds, the same after a resume; and the engine sleeps once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from remax_megatron.algorithm.estimators import get_estimator
+from remax_megatron.config.load import load_config
+from remax_megatron.data.dataset import PromptDataset, batches, further
+from remax_megatron.trainer import Trainer
+from remax_megatron.types import Completion, Prompt, Rollout
+
+NUM_PROMPTS, SIZE = 40, 4
+
+
+class Collector:
+    """Answers prompts so that every fourth index is informative, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+        self.num_sleeps = 0
+
+    def rollouts(self, prompts: list[Prompt], *, step: int, sleeps: bool = True) -> list[Rollout]:
+        self.asked.append([prompt.index for prompt in prompts])
+        self.num_sleeps += sleeps
+        greedy = Completion([1], [-1.0], True, 0)
+        return [Rollout(p, [Completion([1], [-1.0], True, 0, reward=float(p.index % 4 == 0))], greedy) for p in prompts]
+
+    def sleep(self) -> None:
+        self.num_sleeps += 1
+
+
+def trainer(*overrides: str, start_step: int = 0) -> Any:
+    config = load_config("demo", [f"data.train_batch_size={SIZE}", *overrides]).config
+    parts: dict[str, Any] = dict.fromkeys(("bridge", "val_prompts", "timer", "flops", "writer", "saver"))
+    prompts = PromptDataset([Prompt(i, (1,), "s", "") for i in range(NUM_PROMPTS)], NUM_PROMPTS)
+    learner = SimpleNamespace(estimator=get_estimator("remax"))
+    rest = {"train_prompts": prompts, "prompts_digest": "", "start_step": start_step, "collector": Collector()}
+    return Trainer(config=config, learner=learner, **parts, **rest)  # type: ignore[arg-type]
+
+
+def drawn(run: Any) -> list[list[int]]:
+    """What the steps that are left train on."""
+    return [[one.prompt.index for one in run._rollouts(batch, step)[0]] for step, _, batch in run._steps()]
+
+
+def test_further_prompts_follow_those_of_the_step() -> None:
+    run = trainer("algorithm.refill=True", "algorithm.refill_limit=40")
+    seed = run.config.trainer.seed
+    batch = batches(NUM_PROMPTS, SIZE, seed, epoch=1)[0]
+    order = [*batch, *further(NUM_PROMPTS, batch, seed, step=1)]
+    rollouts, metrics = run._rollouts(batch, 1)
+    found = [one.prompt.index for one in rollouts]
+    assert found == order[: len(found)] and found[-1] % 4 == 0 and sum(i % 4 == 0 for i in found) == SIZE
+    asked = [index for part in run.collector.asked for index in part]
+    assert asked == order[: len(asked)] and metrics == {"refill/answered_prompts": len(asked)}
+    assert len(run.collector.asked[0]) == SIZE and len(run.collector.asked) > 1 and run.collector.num_sleeps == 1
+
+
+def test_a_resumed_run_draws_the_same() -> None:
+    refill = "algorithm.refill=True"
+    whole = drawn(trainer(refill))
+    assert len({len(one) for one in whole}) > 1 and all(len(one) <= 4 * SIZE for one in whole)
+    assert drawn(trainer(refill, start_step=3)) == whole[3:]
+
+
+def test_without_it_a_step_has_its_own_prompts() -> None:
+    run = trainer()
+    seed = run.config.trainer.seed
+    per_epoch = [batches(NUM_PROMPTS, SIZE, seed, epoch) for epoch in range(1, run.num_epochs + 1)]
+    assert drawn(run) == [batch for epoch in per_epoch for batch in epoch][: run.num_steps]
+    assert run.collector.num_sleeps == run.num_steps
