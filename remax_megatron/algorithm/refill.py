@@ -12,7 +12,7 @@ all prompts. Of D draws with k informative ones,
 
 is an unbiased estimate of it. (K - 1) / (D - 1), not K / D, because the drawing stopped at an informative prompt: K / D
 is too large on average, by a factor of about 1 + (1 - p) / K where a share p is informative (J. B. S. Haldane 1945,
-doi:10.1093/biomet/33.3.222; with the limit L: Girshick, Mosteller and Savage 1946, doi:10.1214/aoms/1177730984). It
+doi:10.1093/biomet/33.3.222; with the limit L: Girshick, Mosteller and Savage 1946, doi:10.1214/aoms/1177731018). It
 needs draws in random order, with or without replacement, that stop exactly at the K-th informative one: what was
 answered beyond it is surplus and is not used. The mean over the informative prompts alone is too large by 1 / p.
 
