@@ -39,8 +39,14 @@ class Inputs:
 
     @property
     def notes(self) -> list[str]:
-        """Return what was read otherwise than it was written."""
-        return [*self.train_prompts.notes, *(self.val_prompts.notes if self.val_prompts else ())]
+        """Return what was read otherwise than it was written, and what of it may not be meant."""
+        notes, val = list(self.train_prompts.notes), self.val_prompts
+        if val is not None:
+            trained = {prompt.token_ids for prompt in self.train_prompts}
+            if shared := sum(prompt.token_ids in trained for prompt in val):
+                notes.append(f"{shared} of {len(val)} prompts of data.val_files are in data.train_files as well")
+            notes += val.notes
+        return notes
 
 
 def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:

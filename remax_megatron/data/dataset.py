@@ -153,6 +153,8 @@ def load_prompts(
     fit.report(names)
     num_left_out = len(rows.prompts) - len(prompts)
     notes = rows.notes(names)
+    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        notes.append(f"named more than once, and read as often: {', '.join(twice)}")
     if len({prompt.token_ids for prompt in prompts}) == 1 and any(one.turns != prompts[0].turns for one in prompts):
         notes.append(f"{names}: all {len(prompts)} prompts have the same tokens; look at the chat template")
     return PromptDataset(prompts, problems.num_rows, num_left_out, fit.num_truncated, notes)

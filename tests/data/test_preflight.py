@@ -14,6 +14,7 @@ from remax_megatron.data.dataset import PromptDataset, even_quotas, load_prompts
 from remax_megatron.data.schema import DataError
 from remax_megatron.data_files import data_files
 from remax_megatron.demo.warm_start import make_tokenizer
+from remax_megatron.inputs import Inputs
 from remax_megatron.rewards.scoring import built_in_ground_truth
 
 GSM8K, MATH = "openai/gsm8k", "DigitalLearningGmbH/MATH-lighteval"
@@ -366,3 +367,11 @@ def test_notes_on_templates_and_turns(tmp_path: Path, tokenizer) -> None:
         tokenizer.chat_template = own
     with pytest.raises(DataError, match="apply_chat_template_kwargs has add_generation_prompt, which the trainer sets"):
         load(path, tokenizer, template_kwargs={"add_generation_prompt": False})
+
+
+def test_prompts_that_are_there_twice_are_noted(tmp_path: Path, tokenizer) -> None:
+    path = jsonl(tmp_path / "a.jsonl", row("a"), row("b"))
+    assert load([path, path], tokenizer).notes == [f"named more than once, and read as often: {path}"]
+    train, val = load(path, tokenizer), load(jsonl(tmp_path / "b.jsonl", row("b"), row("c")), tokenizer)
+    inputs = Inputs("folder", tokenizer, [], train, val)
+    assert inputs.notes == ["1 of 2 prompts of data.val_files are in data.train_files as well"]
