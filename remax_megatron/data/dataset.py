@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,12 +153,7 @@ def load_prompts(
     problems.refuse(names)
     fit.report(names)
     num_left_out = len(rows.prompts) - len(prompts)
-    notes = rows.notes(names)
-    if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
-        notes.append(f"named more than once, and read as often: {', '.join(twice)}")
-    if len({prompt.token_ids for prompt in prompts}) == 1 and any(one.turns != prompts[0].turns for one in prompts):
-        notes.append(f"{names}: all {len(prompts)} prompts have the same tokens; look at the chat template")
-    return PromptDataset(prompts, problems.num_rows, num_left_out, fit.num_truncated, notes)
+    return PromptDataset(prompts, problems.num_rows, num_left_out, fit.num_truncated, rows.notes(names, paths, prompts))
 
 
 class _Problems:
@@ -222,8 +218,13 @@ class _Rows:
         self._num_changed += isinstance(given, str) and truth != given
         return Prompt(index, (), source, truth, dict(extra_info), turns)
 
-    def notes(self, names: str) -> list[str]:
+    def notes(self, names: str, paths: Sequence[Path], prompts: Sequence[Prompt]) -> list[str]:
+        """What was read otherwise than it was written, and what of it may not be meant."""
         notes = []
+        if twice := sorted({str(path) for path in paths if paths.count(path) > 1}):
+            notes.append(f"named more than once, and read as often: {', '.join(twice)}")
+        if len({prompt.token_ids for prompt in prompts}) == 1 and any(one.turns != prompts[0].turns for one in prompts):
+            notes.append(f"{names}: all {len(prompts)} prompts have the same tokens; look at the chat template")
         if self._num_as_text:
             notes.append(f"{names}: {self._num_as_text} prompts are JSON text and were read as the list of turns in it")
         if self._num_half_said:

@@ -362,7 +362,7 @@ def test_notes_on_templates_and_turns(tmp_path: Path, tokenizer) -> None:
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = "Anna"
-        assert "all 2 prompts have the same tokens" in load(path, tokenizer).notes[-1]
+        assert "all 2 prompts have the same tokens" in load(path, tokenizer).notes[0]
     finally:
         tokenizer.chat_template = own
     with pytest.raises(DataError, match="apply_chat_template_kwargs has add_generation_prompt, which the trainer sets"):
