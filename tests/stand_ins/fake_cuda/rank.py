@@ -104,7 +104,7 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     _Engine.lengths = job.lengths
     build.Engine = _Engine
     build.Collector = _Collector
-    build.RewardPool = lambda *args, **kwargs: None
+    build.reward_pool = lambda config, num_workers: None
     build.check_shared = lambda config: None
     build.side_files = lambda *args: {}
     build.model_folder = lambda folder: folder
