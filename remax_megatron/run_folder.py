@@ -65,7 +65,7 @@ def _lock_folder(config: Config) -> None:
     global _lock
     folder = Path(config.trainer.default_local_dir)
     for key in ("trainer.rollout_data_dir", "trainer.validation_data_dir"):
-        if value_of(config, key) is not None:
+        if value_of(config, key) is not None and not (config.trainer.val_only and "rollout" in key):
             with written_for(key, value_of(config, key)):
                 Path(value_of(config, key)).mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=value_of(config, key)):

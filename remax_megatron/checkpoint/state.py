@@ -37,8 +37,8 @@ class RunState:
     learner: dict[str, Any]
     train_prompts: str  # digest of the training prompts in their order
     config: dict[str, Any]
-    reward_file: str | None = None  # digest of custom_reward_function.path, as it was when the run started
     accuracy: float | None = None  # of the validation after `step`, when there was one
+    reward_file: str | None = None  # digest of custom_reward_function.path, as it was when the run started
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:

@@ -31,9 +31,7 @@ from remax_megatron.doctor import machine, reachability, stack
 from remax_megatron.doctor.findings import OK, PROBLEM, SETTINGS, WARNING, Finding, show
 from remax_megatron.environment import QUIET, check_attention
 from remax_megatron.errors import UserError
-from remax_megatron.inputs import prepare_inputs, summary
 from remax_megatron.model_facts import ModelFacts
-from remax_megatron.temporary import own_temporary_folder
 
 QUIETER = QUIET | {"TORCH_CPP_LOG_LEVEL": "FATAL"}  # an unreachable store is a finding, not a C++ stack
 
@@ -103,6 +101,9 @@ def data(config: Config, facts: ModelFacts) -> list[Finding]:
     """What a run would read, looked at whole: the tokenizer, every row of the data, the reward. No network."""
     if not Path(config.actor_rollout_ref.model.path).expanduser().is_dir():
         return [Finding("data", WARNING, "not read: the model is not in a local folder", "`hf download` it first")]
+    from remax_megatron.inputs import prepare_inputs, summary  # they need torch
+    from remax_megatron.temporary import own_temporary_folder
+
     try:
         with own_temporary_folder():
             inputs = prepare_inputs(config, facts)

@@ -18,11 +18,8 @@ class Tokenizer:
 
     eos_token_id = END
 
-    def decode(self, ids):
-        return f"<{ids[0]}>"
-
-    def batch_decode(self, sequences, **_):
-        return [" ".join(map(str, ids)) for ids in sequences]
+    def decode(self, ids, **_):
+        return " ".join(map(str, ids))
 
 
 def build(folder: str, device, *, tp=1, pp=1, bucket_bytes=2**20, **engine_options):

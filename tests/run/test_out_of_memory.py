@@ -31,17 +31,29 @@ MEGATRON = "actor_rollout_ref.actor.megatron"
 ROLLOUT = "actor_rollout_ref.rollout"
 NUM_GPUS = 8
 
-# Imported by each rank, and by the workers of the reward pool, which have no trainer.
-FAILING_UPDATE = """
-import os, sys
+REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return sum(map(ord, solution_str)) % 7 / 6
-if "remax_megatron.run" in sys.modules and os.environ["RANK"] == "1":
-    import torch
-    from remax_megatron.policy.policy import Policy
-    def update(self, *args, **kwargs):
-        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-    Policy.update = update
+"""
+# Python runs it at its start, in every process of the run; it changes the policy of rank 1 once that is imported.
+FAILING_UPDATE = """
+import importlib.abc, importlib.util, os, sys
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "remax_megatron.policy.policy" or os.environ.get("RANK") != "1":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def run_and_change(module):
+            run(module)
+            def update(self, *args, **kwargs):
+                import torch
+                raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+            module.Policy.update = update
+        spec.loader.exec_module = run_and_change
+        return spec
+sys.meta_path.insert(0, Hook())
 """
 
 
@@ -169,9 +181,13 @@ def test_other_errors_pass_as_they_are() -> None:
     assert raised.value is error
 
 
-def test_a_run_says_what_it_was_doing_what_lay_where_and_what_would_help(torchrun, demo_policy, tmp_path: Path) -> None:
+def test_a_run_says_what_it_was_doing_what_lay_where_and_what_would_help(
+    torchrun, demo_policy, tmp_path: Path, monkeypatch
+) -> None:
     reward = tmp_path / "reward.py"
-    reward.write_text(FAILING_UPDATE)
+    reward.write_text(REWARD)
+    (tmp_path / "sitecustomize.py").write_text(FAILING_UPDATE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     skip = "actor_rollout_ref.actor.skip_zero_advantage=False"
     finished = torchrun(2, [*overrides(demo_policy, tmp_path / "run"), f"custom_reward_function.path={reward}", skip])
     assert finished.code != 0
