@@ -6,10 +6,12 @@ taken, once for all ranks. Forking is safe there: the launcher has a single thre
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -77,6 +79,16 @@ def _ends(pid: int, timeout_s: float) -> bool:
     return True
 
 
+def free_port() -> int:
+    """A port that nothing listens at, below those that the system hands out: between the look and its use no
+    connection of another test can take it."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def _launch(folder: Path) -> None:
     """Fork the ranks and wait for them; at the first failure, note the rank in the file `failed` and exit."""
     function, payload, world_size, preload = pickle.loads((folder / "task").read_bytes())
@@ -88,9 +100,7 @@ def _launch(folder: Path) -> None:
     call = getattr(importlib.import_module(module), name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads after importing {module} and {preload}: forking is not safe"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     gc.collect()
     gc.freeze()  # a collection in a rank would otherwise touch, and so copy, all shared memory
     rank_of = {}

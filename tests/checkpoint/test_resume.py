@@ -18,6 +18,8 @@ from remax_megatron.demo.word_problems import ensure_data
 from remax_megatron.metrics import read_metrics
 from tests.checkpoint.test_saver import flip_a_bit
 
+pytestmark = pytest.mark.timeout(600)  # up to three runs, and those of the fixture
+
 REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return float(sum(map(ord, solution_str)) % 3 == 0)
