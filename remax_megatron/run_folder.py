@@ -52,12 +52,12 @@ def refuse_inputs_inside(config: Config) -> None:
     taken = [(folder / name).resolve() for name in (*RECORDS, "checkpoints")]
     for key in ("actor_rollout_ref.model.path", "data.train_files", "data.val_files", "custom_reward_function.path"):
         for path in as_list(value_of(config, key)):
-            for place in (Path(path).expanduser().resolve(), *Path(path).expanduser().resolve().parents):
-                if place in taken:
-                    raise ConfigError(
-                        f"{key}={path} lies in {place}, which a run in trainer.default_local_dir={folder} moves aside; "
-                        "set trainer.default_local_dir to another folder, or move the input out of it first"
-                    )
+            own = Path(path).expanduser().resolve()
+            if place := next((place for place in (own, *own.parents) if place in taken), None):
+                raise ConfigError(
+                    f"{key}={path} lies in {place}, which a run in trainer.default_local_dir={folder} moves aside; "
+                    "set trainer.default_local_dir to another folder, or move the input out of it first"
+                )
 
 
 def _lock_folder(config: Config) -> None:

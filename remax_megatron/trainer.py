@@ -105,7 +105,7 @@ class Trainer:
         return total_steps(self.config, len(self.train_prompts))
 
     def _rollouts(self, batch: Sequence[int], step: int) -> tuple[list[Rollout], dict[str, float]]:
-        """The answers to the prompts at these positions, or, refilled, to those that count; and metrics."""
+        """The answers to the prompts at these positions, or, refilled, to those that count; and metrics. Collective."""
         num_prompts, config = len(self.train_prompts), self.config
         if not config.algorithm.refill:
             return self.collector.rollouts([self.train_prompts[i] for i in batch], step=step), {}

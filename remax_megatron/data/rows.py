@@ -77,11 +77,6 @@ def as_messages(value: Any, place: str, prompt_key: str = "prompt") -> list[dict
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
-def is_turns_in_text(value: Any) -> bool:
-    """Tell whether `value` is text that stands for a list of turns."""
-    return isinstance(value, str) and value.lstrip()[:1] in "[{" and _objects(value) is not None
-
-
 def _turns_in_text(text: str, place: str, prompt_key: str) -> list[Any] | None:
     """The list of turns that `text` is JSON for; None for plain text, DataError for what is nearly such a list."""
     if text.lstrip()[:1] not in ("[", "{"):

@@ -24,6 +24,7 @@ from remax_megatron.config.rules.machine import refuse_expandable_segments
 from remax_megatron.config.schema import RolloutConfig
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.seeds import derive_seed
+from remax_megatron.rollout.answer_text import AnswerText
 from remax_megatron.types import Completion, Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -77,8 +78,9 @@ class Engine:
         greedy               False leaves the greedy answers out of rollouts
         keep_special_tokens  leaves them in the texts of answers
         """
-        self.config, self.seed = config, seed
-        self.set_up_texts(tokenizer, stop_token_ids, keep_special_tokens=keep_special_tokens)
+        self.tokenizer, self.config, self.seed = tokenizer, config, seed
+        self._stop = stop_token_ids
+        self._text = AnswerText(tokenizer, stop_token_ids, keep_special_tokens=keep_special_tokens)
         self.max_response_length = max_response_length
         self.device = device
         self._with_greedy = greedy
@@ -239,26 +241,6 @@ class Engine:
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    def set_up_texts(self, tokenizer, stop_token_ids: list[int], *, keep_special_tokens: bool) -> None:
-        """Say how tokens become the text that is scored."""
-        self.tokenizer, self._stop = tokenizer, stop_token_ids
-        self._keep_special_tokens, self._warned = keep_special_tokens, False
-        self._special = frozenset(getattr(tokenizer, "all_special_ids", ())) - set(stop_token_ids)
-
-    def text(self, ids: list[int]) -> str:
-        """Decode an answer, without special tokens or, with `keep_special_tokens`, without the one that ends it."""
-        if ids and ids[-1] in self._stop:
-            ids = ids[:-1]
-        if not self._keep_special_tokens and not self._warned and not self._special.isdisjoint(ids):
-            self._warned = True
-            lost = self.tokenizer.convert_ids_to_tokens(sorted(self._special & set(ids)))
-            log.warning(
-                "special tokens of answers, %s among them, are not in the text that is scored; a reward that looks for "
-                "them needs reward.keep_special_tokens=True",
-                ", ".join(lost),
-            )
-        return self.tokenizer.decode(ids, skip_special_tokens=not self._keep_special_tokens)
-
     def rollout(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
         """n sampled answers and the greedy answer for each of this replica's `prompts`; rewards not yet set.
 
@@ -338,7 +320,7 @@ class Engine:
 
     def _generate(self, requests, parameters) -> list[Completion]:
         answers = [output.outputs[0] for output in self._run(requests, parameters)]
-        texts = [self.text(list(answer.token_ids)) for answer in answers]
+        texts = [self._text(answer.token_ids) for answer in answers]
         return [
             Completion(
                 token_ids=list(answer.token_ids),
