@@ -11,9 +11,10 @@ import torch
 
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.checkpoint.saver import Saver
-from remax_megatron.checkpoint.state import RunState, restore, restore_optimizer, reward_file_digest
+from remax_megatron.checkpoint.state import RunState, restore, restore_optimizers, reward_file_digest
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.schema import Config, needs_reference, recompute_of
+from remax_megatron.config.schema import Actor, Config, critic_as_actor, has_critic, needs_reference, recompute_of
+from remax_megatron.critic_update import CriticLearner
 from remax_megatron.flops import UpdateFlops, peak_bf16_tflops
 from remax_megatron.inputs import Inputs, reward_pool, total_steps
 from remax_megatron.memory_probe import memory_probe
@@ -21,6 +22,7 @@ from remax_megatron.metrics import MetricsWriter
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout, init_model_parallel
 from remax_megatron.phases import PhaseTimer
+from remax_megatron.policy.critic import Critic
 from remax_megatron.policy.policy import Policy
 from remax_megatron.policy.reference import Reference
 from remax_megatron.policy.settings import PolicySettings
@@ -32,6 +34,7 @@ from remax_megatron.rollout.engine import Engine
 from remax_megatron.run_folder import check_shared, checkpoints_folder, start_run_folder
 from remax_megatron.trainer import Trainer
 from remax_megatron.update import Learner
+from remax_megatron.weights.critic_folder import CRITIC
 from remax_megatron.weights.hf_folder import side_files
 from remax_megatron.weights.megatron_folder import model_folder
 
@@ -70,11 +73,10 @@ class Start:
         """Finished steps."""
         return self.checkpoint[1].step if self.checkpoint else 0
 
-    @property
-    def total_updates(self) -> int:
-        """Optimizer steps of the whole run, if none is left out."""
-        data, actor = self.config.data, self.config.actor_rollout_ref.actor
-        per_batch = data.train_batch_size // (actor.ppo_mini_batch_size or data.train_batch_size) * actor.ppo_epochs
+    def total_updates(self, actor: Actor) -> int:
+        """Optimizer steps of the whole run, if none is left out, of the policy or, with its settings, the critic."""
+        size = self.config.data.train_batch_size
+        per_batch = size // (actor.ppo_mini_batch_size or size) * actor.ppo_epochs
         return total_steps(self.config, len(self.inputs.train_prompts)) * per_batch
 
 
@@ -83,7 +85,7 @@ def build_trainer(start: Start) -> Trainer:
     reward_file_digest(start.config.custom_reward_function.path)  # before a user edits the file
     layout = build_layout(start)
     writer = build_writer(start, layout.rank)
-    learner, training_state = build_learner(start, layout)
+    learner, training_states = build_learner(start, layout)
     engine = build_engine(start)
     if start.checkpoint:
         restore(start.checkpoint[1], learner, engine)
@@ -97,7 +99,7 @@ def build_trainer(start: Start) -> Trainer:
         timer=start.timer,
         flops=build_flops(start, layout),
         writer=writer,
-        saver=build_saver(start, training_state, layout),
+        saver=build_saver(start, training_states, layout),
         prompts_digest=start.prompts_digest,
         start_step=start.step,
     )
@@ -134,22 +136,38 @@ def build_writer(start: Start, rank: int) -> MetricsWriter | None:
     return writer
 
 
-def build_learner(start: Start, layout: Layout) -> tuple[Learner, TrainingState]:
+def build_learner(start: Start, layout: Layout) -> tuple[Learner, list[TrainingState]]:
     """The policy with the checkpoint's weights and optimizer, or the model's weights, and what learns with it; the
     reference policy has the model's weights always."""
     config, model = start.config, start.inputs.model_folder
-    settings = PolicySettings.of(config, start.total_updates)
+    settings = PolicySettings.of(config, start.total_updates(config.actor_rollout_ref.actor))
     folder = start.checkpoint[0] if start.checkpoint else model
     policy = Policy(start.facts, layout, settings, str(folder), start.timer)
     reference = None
     if needs_reference(config):
         offload = config.actor_rollout_ref.ref.megatron.param_offload
         reference = Reference(start.facts, layout, settings, model, offload=offload)
-    training_state = TrainingState(policy)
+    training_states = [TrainingState(policy)]
+    critic = build_critic(start, layout) if has_critic(config) else None
+    if critic is not None:
+        training_states.append(TrainingState(critic, CRITIC))
     if start.checkpoint:
-        restore_optimizer(start.checkpoint[1], start.checkpoint[0], training_state)
-    policy.release_training_memory()  # vLLM measures what is free when it starts
-    return Learner(config, policy, reference, start.timer), training_state
+        restore_optimizers(start.checkpoint[1], start.checkpoint[0], training_states)
+    for model_in_training in (policy, critic):
+        if model_in_training is not None:
+            model_in_training.release_training_memory()  # vLLM measures what is free when it starts
+    learns = None if critic is None else CriticLearner(config, critic, start.timer)
+    return Learner(config, policy, reference, start.timer, learns), training_states
+
+
+def build_critic(start: Start, layout: Layout) -> Critic:
+    """PPO's critic with the checkpoint's weights, or those that it starts from."""
+    config = start.config
+    settings = PolicySettings.of_critic(config, start.total_updates(critic_as_actor(config)))
+    found, cliprange = start.inputs.critic, config.critic.cliprange_value
+    assert found is not None, "the inputs of a run with a critic have one"
+    folder, prefix = (str(start.checkpoint[0]), CRITIC) if start.checkpoint else (found.folder, "")
+    return Critic(found.facts, layout, settings, folder, start.timer, cliprange=cliprange, prefix=prefix)
 
 
 def build_engine(start: Start) -> Engine:
@@ -196,13 +214,13 @@ def build_collector(start: Start, engine: Engine) -> Collector:
     return Collector(engine, pool, reward.max_failure_share, start.timer, lengths)
 
 
-def build_saver(start: Start, training_state: TrainingState, layout: Layout) -> Saver:
+def build_saver(start: Start, training_states: list[TrainingState], layout: Layout) -> Saver:
     """The writer of checkpoints."""
     trainer = start.config.trainer
     dtype = getattr(torch, start.config.actor_rollout_ref.actor.megatron.dtype)
     return Saver(
         checkpoints_folder(start.config),
-        training_state,
+        training_states,
         layout,
         side_files(model_folder(start.inputs.model_folder), dtype),
         keep=trainer.max_ckpt_to_keep,

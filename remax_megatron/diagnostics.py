@@ -10,7 +10,7 @@ from remax_megatron.types import Completion, Rollout, Row
 
 if TYPE_CHECKING:
     from remax_megatron.flops import UpdateFlops
-    from remax_megatron.policy.policy import UpdateResult
+    from remax_megatron.policy.trained_model import UpdateResult
     from remax_megatron.rollout.bridge import SyncReport
     from remax_megatron.update import LearnResult
 
@@ -132,12 +132,15 @@ def throughput_metrics(
     """Tokens per second of the whole run: trained ones (prompts included, once per pass over them) per second of
     update, generated ones (greedy answers included) per second of rollout; and the updates' FLOPs per second.
 
-    The seconds of `perf/*` are those of the update without its phase `score`, whose passes are not counted either."""
+    The seconds of `perf/*` are those of the update without its phases `score` and `critic`, whose passes are not
+    counted either."""
     generated = sum(len(c.token_ids) for r in rollouts for c in r.completions)
     trained = sum(result.num_tokens for result in learned.updates)
     update_s = times.get("time/update_s", 0.0)
     return {
         "throughput/trained_tokens_per_s": trained / max(update_s, 1e-9),
         "throughput/generated_tokens_per_s": generated / max(times.get("time/rollout_s", 0.0), 1e-9),
-        **flops.metrics(learned.packed, update_s - times.get("time/score_s", 0.0)),
+        **flops.metrics(
+            learned.packed, update_s - sum(times.get(f"time/{part}_s", 0.0) for part in ("score", "critic"))
+        ),
     }

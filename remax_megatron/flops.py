@@ -90,7 +90,7 @@ class ForwardFlops:
             projections=2 * facts.hidden_size * (2 * query + 2 * key),
             mlp=2 * facts.hidden_size * 3 * facts.ffn_hidden_size,
             attention=2 * query,
-            head=2 * facts.hidden_size * facts.vocab_size,
+            head=2 * facts.hidden_size * (1 if facts.value_head else facts.vocab_size),
         )
 
     def layers(self, groups: Sequence[RowGroup]) -> int:

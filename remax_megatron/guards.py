@@ -23,7 +23,8 @@ from remax_megatron.atomic import replacing
 from remax_megatron.types import Row
 
 if TYPE_CHECKING:
-    from remax_megatron.policy.policy import Policy, UpdateResult
+    from remax_megatron.policy.policy import Policy
+    from remax_megatron.policy.trained_model import UpdateResult
 
 log = logging.getLogger(__name__)
 
@@ -160,15 +161,31 @@ def nonfinite_records(rows: Sequence[Row], numbers: Sequence[int], logprobs: Seq
             "old_logprobs": row.old_logprobs or [],
             "ref_logprobs": row.ref_logprobs or [],
         }
-        why = [
-            f"{name}[{i}] is {values[i]}"
-            for name, values in streams.items()
-            for i in [i for i, value in enumerate(values) if not math.isfinite(value)][:1]
-        ]
+        why = _not_finite(streams)
         why.insert(0, "the loss is not finite" if numbers else "the gradient of the update is not finite, its rows are")
         ids = {"row": number, "prompt_ids": list(row.prompt_ids), "response_ids": row.response_ids}
         records.append({**ids, **streams, "weight": row.weight, "why": "; ".join(why)})
     return records
+
+
+def taught_records(rows: Sequence[Row], numbers: Sequence[int]) -> list[dict]:
+    """What is kept of the rows `numbers` of a critic's update that is not finite; [] of them: of all rows."""
+    records = []
+    for number in numbers or range(len(rows)):
+        row = rows[number]
+        streams = {"values": row.values or [], "returns": row.returns or []}
+        ids = {"row": number, "prompt_ids": list(row.prompt_ids), "response_ids": row.response_ids}
+        records.append({**ids, **streams, "weight": row.weight, "why": "; ".join(_not_finite(streams))})
+    return records
+
+
+def _not_finite(streams: Mapping[str, Sequence[float]]) -> list[str]:
+    """Of each list its first number that is not finite, in words."""
+    return [
+        f"{name}[{i}] is {values[i]}"
+        for name, values in streams.items()
+        for i in [i for i, value in enumerate(values) if not math.isfinite(value)][:1]
+    ]
 
 
 def mismatch_records(rows: Sequence[Row], logprobs: Sequence[list[float]]) -> list[dict]:

@@ -15,7 +15,8 @@ from typing import Any
 import torch.distributed as dist
 
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.rules.model_fit import check_critic
+from remax_megatron.config.schema import Config, ConfigError, has_critic
 from remax_megatron.data.dataset import PromptDataset, as_it_is, load_prompts
 from remax_megatron.downloads import failed_download
 from remax_megatron.model_facts import ModelFacts
@@ -24,18 +25,28 @@ from remax_megatron.rewards.sandbox.api import available_protections
 from remax_megatron.rewards.scoring import built_in_ground_truth
 from remax_megatron.run_folder import refuse_inputs_inside
 from remax_megatron.types import Prompt
-from remax_megatron.weights.megatron_folder import open_weights
+from remax_megatron.weights.critic_folder import open_critic
+from remax_megatron.weights.megatron_folder import model_folder, open_weights
+
+
+@dataclass(frozen=True)
+class CriticInputs:
+    """The local folder that PPO's critic starts from, and its sizes."""
+
+    folder: str
+    facts: ModelFacts
 
 
 @dataclass
 class Inputs:
-    """What a run reads: a local model folder (Hugging Face or Megatron), and tokenised prompts."""
+    """What a run reads: a local model folder (Hugging Face or Megatron), tokenised prompts, and a critic's folder."""
 
     model_folder: str
     tokenizer: object
     stop_token_ids: list[int]
     train_prompts: PromptDataset
     val_prompts: PromptDataset | None
+    critic: CriticInputs | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -65,7 +76,24 @@ def prepare_inputs(config: Config, facts: ModelFacts) -> Inputs:
         )
     train, val = read_prompts(config, tokenizer, facts.vocab_size)
     check_rewards(config, {*train.sources, *(val.sources if val else ())})
-    return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val)
+    critic = read_critic(config, facts) if has_critic(config) else None
+    return Inputs(folder, tokenizer, end_token_ids(folder, tokenizer), train, val, critic)
+
+
+def read_critic(config: Config, policy: ModelFacts) -> CriticInputs:
+    """The critic of critic.model.path, or one with the layers of the policy. UserError when it does not fit it."""
+    path = config.critic.model.path
+    key = "actor_rollout_ref.model.path" if path is None else "critic.model.path"
+    folder = local_model_folder(path or config.actor_rollout_ref.model.path, key)
+    facts = ModelFacts.from_folder(model_folder(folder), key, critic=True).as_critic()
+    if facts.vocab_size < policy.vocab_size:
+        raise ConfigError(
+            f"{key}={folder} has a vocabulary of {facts.vocab_size}, and the policy one of {policy.vocab_size}; set it "
+            "to a model with the policy's tokenizer, or to null for the policy's own layers"
+        )
+    check_critic(config, facts)
+    open_critic(folder, facts)
+    return CriticInputs(folder, facts)
 
 
 def read_tokenizer(folder: str) -> Any:
@@ -208,8 +236,8 @@ def _declared_end(folder: Path, key: str) -> Any:
     return declared.get("eos_token_id")
 
 
-def local_model_folder(path: str) -> str:
-    """A local folder for `actor_rollout_ref.model.path`: itself, or the hub's snapshot."""
+def local_model_folder(path: str, key: str = "actor_rollout_ref.model.path") -> str:
+    """A local folder for `path`, the value of the setting `key`: itself, or the hub's snapshot."""
     if Path(path).expanduser().is_dir():
         return str(Path(path).expanduser())
     from huggingface_hub import snapshot_download
@@ -218,7 +246,7 @@ def local_model_folder(path: str) -> str:
         return snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
     except OSError as error:  # huggingface_hub's offline, connection and HTTP errors are OSErrors
         raise ConfigError(
-            f"actor_rollout_ref.model.path={path} could not be downloaded ({type(error).__name__}: {error}); connect "
+            f"{key}={path} could not be downloaded ({type(error).__name__}: {error}); connect "
             "to the hub, or set it to a local folder"
         ) from error
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,6 +56,7 @@ class ModelFacts:
     rope_theta: float = 1e6
     model_type: str = "qwen2"
     yarn: Yarn | None = None
+    value_head: bool = False  # a critic: a value for every token in place of the words
     # Keys of config.json that nobody knows and that do not look as if they mattered: worth a note.
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
 
@@ -64,11 +65,15 @@ class ModelFacts:
         """Return what the model shares with its family."""
         return FAMILIES[self.model_type]
 
+    def as_critic(self) -> ModelFacts:
+        """Return the sizes of a critic with the layers of this model."""
+        return replace(self, value_head=True, tied_embeddings=False)
+
     @classmethod
-    def from_folder(cls, path: str | Path, setting: str = "model") -> ModelFacts:
+    def from_folder(cls, path: str | Path, setting: str = "model", *, critic: bool = False) -> ModelFacts:
         """Facts of the Hugging Face folder `path`. ModelError: no folder, no readable config.json, no offered model.
 
-        `setting` is what the user set to `path`; messages name it.
+        `setting` is what the user set to `path`; messages name it. With `critic` it may be one, and `value_head` tells.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
@@ -80,10 +85,10 @@ class ModelFacts:
             raise ModelError(
                 f"{setting}={path}: the folder has no config.json; set it to a whole Hugging Face model folder"
             )
-        return cls.from_file(file, str(path), setting)
+        return cls.from_file(file, str(path), setting, critic=critic)
 
     @classmethod
-    def from_file(cls, file: Path, source: str, setting: str = "model") -> ModelFacts:
+    def from_file(cls, file: Path, source: str, setting: str = "model", *, critic: bool = False) -> ModelFacts:
         """Facts of the config.json `file`; `setting`=`source` names the model in error messages."""
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
@@ -95,13 +100,16 @@ class ModelFacts:
             raise ModelError(
                 f"{setting}={source}: config.json holds a {type(config).__name__}, expected an object; {_mend(setting)}"
             )
-        return cls.from_hf_config(config, source, setting)
+        return cls.from_hf_config(config, source, setting, critic=critic)
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any], source: str, setting: str = "model") -> ModelFacts:
+    def from_hf_config(
+        cls, config: Mapping[str, Any], source: str, setting: str = "model", *, critic: bool = False
+    ) -> ModelFacts:
         """Facts from the keys of a config.json; `setting`=`source` names the model in error messages."""
         reader = _Reader(config, source, setting)
-        family = reader.family()
+        family = reader.family(critic)
+        has_values = reader.architectures(family) == [family.critic]
         reader.refuse_other_computation(family)
         heads = reader.size("num_attention_heads")
         positions = reader.size("max_position_embeddings")
@@ -116,7 +124,8 @@ class ModelFacts:
             num_key_value_heads=heads if config.get("num_key_value_heads") is None else reader.groups(heads),
             head_dim=reader.head_dim(family, heads),
             vocab_size=reader.size("vocab_size"),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)) and not has_values,
+            value_head=has_values,
             max_position_embeddings=positions,
             rms_norm_eps=reader.number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
             rope_theta=rope_theta,
@@ -196,13 +205,16 @@ class _Reader:
             self.refuse(f"head_dim={width}, but the rotary embedding takes heads of an even width")
         return width
 
-    def family(self) -> Family:
-        """The family that config.json names; ModelError for every other architecture."""
+    def architectures(self, family: Family | None) -> list[Any]:
+        """What config.json names; where it names nothing, the causal language model of `family`."""
+        named = self.config.get("architectures") or ([family.architecture] if family else [])
+        return named if isinstance(named, list) else [named]
+
+    def family(self, critic: bool) -> Family:
+        """The family that config.json names; ModelError for every other architecture. With `critic` it may be one."""
         model_type = self.config.get("model_type")
         family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-        architectures = self.config.get("architectures") or ([family.architecture] if family else [])
-        if not isinstance(architectures, list):
-            architectures = [architectures]
+        architectures = self.architectures(family)
         names = [str(name).lower() for name in (model_type, *architectures)]
         what = f"(model_type={model_type!r}, architectures={architectures})"
         reason = None
@@ -210,8 +222,10 @@ class _Reader:
             reason = f"a mixture-of-experts model {what}, which this trainer does not offer"
         elif any("vl" in name or "vision" in name for name in names):
             reason = f"a vision-language model {what}, which this trainer does not offer"
-        elif family is None or architectures != [family.architecture]:
-            expected = " or ".join(one.architecture for one in FAMILIES.values())
+        elif family is None or architectures not in ([family.architecture], [family.critic][: int(critic)]):
+            offered = [one.architecture for one in FAMILIES.values()]
+            offered += [one.critic for one in FAMILIES.values() if critic]
+            expected = " or ".join(offered)
             reason = f"not a Qwen2 or Qwen3 model {what}, expected {expected}"
         if reason:
             raise ModelError(f"{self.setting}={self.source} is {reason}; {_mend(self.setting)}")

@@ -15,6 +15,7 @@ class Family:
     """What tells the models of a family from those of another.
 
     model_type, architecture  of config.json
+    critic                    its architecture with a value for every token in place of the words
     qkv_bias                  whether queries, keys and values have a bias
     qk_norm                   whether each head's queries and keys are normalised (RMSNorm over head_dim) before they
                               are rotated
@@ -25,6 +26,7 @@ class Family:
 
     model_type: str
     architecture: str
+    critic: str
     qkv_bias: bool
     qk_norm: bool
     head_dim: int | None
@@ -34,7 +36,23 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("qwen2", "Qwen2ForCausalLM", qkv_bias=True, qk_norm=False, head_dim=None, example="Qwen2.5-7B-Instruct"),
-        Family("qwen3", "Qwen3ForCausalLM", qkv_bias=False, qk_norm=True, head_dim=128, example="Qwen3-8B"),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            "Qwen2ForTokenClassification",
+            qkv_bias=True,
+            qk_norm=False,
+            head_dim=None,
+            example="Qwen2.5-7B-Instruct",
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            "Qwen3ForTokenClassification",
+            qkv_bias=False,
+            qk_norm=True,
+            head_dim=128,
+            example="Qwen3-8B",
+        ),
     )
 }

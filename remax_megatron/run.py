@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.checkpoint.state import RunState
 from remax_megatron.config.cli import reported_errors
-from remax_megatron.config.schema import Config, ConfigError, as_list
+from remax_megatron.config.schema import Config, ConfigError, as_list, has_critic
 from remax_megatron.console import set_up_logging
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, steps_out_of_reach, total_steps
@@ -33,9 +34,12 @@ from remax_megatron.phases import PhaseTimer
 from remax_megatron.profiling import StepProfiler, cuda_event, named_range
 from remax_megatron.run_folder import checkpoints_folder, lock_run_folder
 from remax_megatron.temporary import own_temporary_folder
+from remax_megatron.weights.critic_folder import critic_config
 from remax_megatron.weights.hf_folder import write_hf_folder
+from remax_megatron.weights.megatron_folder import model_folder
 
 if TYPE_CHECKING:
+    from remax_megatron.policy.trained_model import TrainedModel
     from remax_megatron.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -84,7 +88,7 @@ def _run(
         clean_up.callback(trainer.collector.pool.close)
     if config.trainer.val_only:
         return _validate(trainer)
-    _train(trainer, inputs.model_folder)
+    _train(trainer, inputs)
     return trainer.learner.stalls.last_word()
 
 
@@ -104,7 +108,7 @@ def _is_complete(config: Config, inputs: Inputs, state: RunState) -> bool:
     return asks and all_steps and _is_exported(config)
 
 
-def _train(trainer: Trainer, model_folder: str) -> None:
+def _train(trainer: Trainer, inputs: Inputs) -> None:
     """Train and export; also when the run has to stop while the policy's own weights are sound. Collective."""
     from remax_megatron.rollout.bridge import CanaryError
 
@@ -112,10 +116,10 @@ def _train(trainer: Trainer, model_folder: str) -> None:
         finished = trainer.train()
     except (CanaryError, NonFiniteError, MismatchError):  # raised on every rank
         trainer.saver.finish()
-        _export(trainer, model_folder)
+        _export(trainer, inputs)
         raise
     if finished:
-        _export(trainer, model_folder)
+        _export(trainer, inputs)
     _close(trainer)
 
 
@@ -134,8 +138,9 @@ def _close(trainer: Trainer) -> None:
 
 def _is_exported(config: Config) -> bool:
     """Whether the result of the run is there, as rank 0 sees it. Collective."""
-    hf = Path(config.trainer.default_local_dir) / "hf"
-    return from_first_rank(lambda: not config.trainer.export_hf or hf.exists(), ConfigError)
+    names = ("hf", *(["critic"] if has_critic(config) else []))
+    folders = [Path(config.trainer.default_local_dir) / name for name in names]
+    return from_first_rank(lambda: not config.trainer.export_hf or all(one.exists() for one in folders), ConfigError)
 
 
 def _leave(last_word: str) -> NoReturn:
@@ -161,21 +166,32 @@ def _timer(config: Config, device: torch.device) -> PhaseTimer:
     )
 
 
-def _export(trainer: Trainer, model_folder: str) -> None:
-    """Write the trained policy as a Hugging Face folder and draw the curves. Collective; rank 0 writes."""
-    config, writer = trainer.config, trainer.writer
-    run_dir = Path(config.trainer.default_local_dir)
-    if config.trainer.export_hf:
-        dtype = getattr(torch, config.actor_rollout_ref.actor.megatron.dtype)
-        stream = trainer.learner.policy.weight_stream(dtype, config.actor_rollout_ref.rollout.sync_bucket_mb * 2**20)
-        if writer is not None:
-            write_hf_folder(run_dir / "hf", iter(stream), model_folder)
-            log.info("Trained policy: %s", run_dir / "hf")
-        else:
-            for _ in stream:
-                pass
+def _export(trainer: Trainer, inputs: Inputs) -> None:
+    """Write the trained models as Hugging Face folders and draw the curves. Collective; rank 0 writes."""
+    writer, learner, run_dir = trainer.writer, trainer.learner, Path(trainer.config.trainer.default_local_dir)
+    if trainer.config.trainer.export_hf:
+        if learner.critic is not None:
+            assert inputs.critic is not None, "the inputs of a run with a critic have one"
+            source = model_folder(inputs.critic.folder)
+            _export_model(trainer, learner.critic.critic, run_dir / "critic", source, critic_config)
+        _export_model(trainer, learner.policy, run_dir / "hf", Path(inputs.model_folder))
     if writer is not None and writer.path.stat().st_size:
         from remax_megatron.plots import plot_curves
 
         plot_curves(writer.path, run_dir / "curves.png")
         log.info("Curves: %s", run_dir / "curves.png")
+
+
+def _export_model(
+    trainer: Trainer, model: TrainedModel, folder: Path, source: Path, change_config: Callable[[bytes], bytes] = bytes
+) -> None:
+    """Write `model` into `folder`, with the side files of `source`, whose config.json `change_config` changes."""
+    config = trainer.config
+    dtype = getattr(torch, config.actor_rollout_ref.actor.megatron.dtype)
+    stream = model.weight_stream(dtype, config.actor_rollout_ref.rollout.sync_bucket_mb * 2**20)
+    if trainer.writer is None:
+        for _ in stream:
+            pass
+    else:
+        write_hf_folder(folder, iter(stream), source, facts=model.facts, change_config=change_config)
+        log.info("Trained model: %s", folder)

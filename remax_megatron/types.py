@@ -78,7 +78,8 @@ class Row:
 
     `weight` is that of each token in the loss, counted over the whole update (algorithm.aggregation); None until then.
     `old_logprobs` is None when every ratio is exactly 1 (one update per rollout batch), `ref_logprobs` when nothing
-    asks for a KL.
+    asks for a KL, `values` and `returns` (the critic's, and what it is taught, of each response token) without a
+    critic. `masked` answers are left out of the update by an advantage of 0.
     """
 
     prompt_ids: tuple[int, ...]
@@ -88,6 +89,9 @@ class Row:
     old_logprobs: list[float] | None = None
     ref_logprobs: list[float] | None = None
     weight: float | None = None
+    values: list[float] | None = None
+    returns: list[float] | None = None
+    masked: bool = False
 
     @property
     def num_tokens(self) -> int:

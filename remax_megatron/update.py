@@ -1,6 +1,7 @@
 """From the rows of a rollout batch to optimizer steps: what must be known of the rows first, what can be left out.
 
-    rewards -> advantages (algorithm/estimators) -> a KL in the reward, if any -> mini-batches -> weights of the tokens
+    rewards -> advantages (algorithm/estimators) -> a KL in the reward, if any -> the critic's part, if there is one
+    (critic_update.py) -> mini-batches -> weights of the tokens
     -> rows without a gradient dropped -> old log-probabilities where a ratio can differ from 1 -> updates
 
 Every rank calls with the same rows and comes to the same decisions. What an update must not be made of is guards.py.
@@ -35,8 +36,10 @@ from remax_megatron.stalls import Stalls
 from remax_megatron.types import Rollout, Row
 
 if TYPE_CHECKING:
-    from remax_megatron.policy.policy import Policy, UpdateResult
+    from remax_megatron.critic_update import CriticLearner
+    from remax_megatron.policy.policy import Policy
     from remax_megatron.policy.reference import Reference
+    from remax_megatron.policy.trained_model import UpdateResult
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ class LearnResult:
 
 
 class Learner:
-    """The policy, the reference where a KL asks for one, and the settings of the algorithm."""
+    """The policy, the reference where a KL asks for one, PPO's critic, and the settings of the algorithm."""
 
     def __init__(
         self,
@@ -61,8 +64,9 @@ class Learner:
         policy: Policy,
         reference: Reference | None,
         timer: PhaseTimer | None = None,
+        critic: CriticLearner | None = None,
     ):
-        self.config, self.policy, self.reference = config, policy, reference
+        self.config, self.policy, self.reference, self.critic = config, policy, reference, critic
         self.timer = timer or PhaseTimer()
         algorithm, control = config.algorithm, config.algorithm.kl_ctrl
         self.estimator = get_estimator(
@@ -89,12 +93,15 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know of the batches before, for JSON."""
-        return {"kl": self.kl.state_dict(), "stalls": self.stalls.state_dict(), **self.guards.state_dict()}
+        critic = {} if self.critic is None else {"critic": self.critic.state_dict()}
+        return {"kl": self.kl.state_dict(), "stalls": self.stalls.state_dict(), **self.guards.state_dict(), **critic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.kl.load_state_dict(state["kl"])
         self.guards.load_state_dict(state)
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
         if "stalls" in state:  # checkpoints of earlier versions have none
             self.stalls.load_state_dict(state["stalls"])
 
@@ -104,11 +111,15 @@ class Learner:
         actor = self.config.actor_rollout_ref.actor
         rows = training_rows(rollouts, self.estimator)
         with self.timer.phase("score"):
-            metrics = self._put_kl_in_reward(rows) if self.config.algorithm.use_kl_in_reward else {}
+            metrics = self._make_advantages(rows)
+        of_policy = rows
+        if self.critic is not None:
+            metrics |= self.critic.learn(rows, len(rollouts), label, step)
+            of_policy = [] if self.critic.is_warming_up(step) else rows
         refills, wanted = self.config.algorithm.refill, self.config.data.train_batch_size
         mini_batch = len(rollouts) if refills else actor.ppo_mini_batch_size or len(rollouts)
         size = mini_batch * self.config.actor_rollout_ref.rollout.n
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        parts = [of_policy[i : i + size] for i in range(0, len(of_policy), size)]
         if self._rejection is not None:
             with self.timer.phase("score"):
                 parts = self._reject(parts, self._rejection, metrics)
@@ -132,11 +143,27 @@ class Learner:
             temperature = self.config.algorithm.reward_softmax_temperature
             metrics["advantage/effective_sample_size"] = effective_sample_size(rewards, temperature)
         metrics |= self.guards.metrics(updates) | _left_out(rows, trained, updates)
-        metrics |= self.stalls.observe(rollouts, sum(not update.skipped for update in updates))
+        made = metrics.get("critic/num_updates", 0) + sum(not update.skipped for update in updates)
+        metrics |= self.stalls.observe(rollouts, int(made))
         return LearnResult(rows, updates, packed, metrics)
 
-    def _put_kl_in_reward(self, rows: list[Row]) -> dict[str, float]:
-        """Change the advantages by the KL of every token, then adapt its coefficient; returns the metrics."""
+    def _make_advantages(self, rows: list[Row]) -> dict[str, float]:
+        """Make advantages of outcomes, by a KL in the reward and a critic where there are any; returns the metrics."""
+        outcomes = [row.advantages[0] if row.advantages else 0.0 for row in rows]
+        beta, mode = self.kl.coef, self.config.algorithm.kl_reward_mode
+        kls, metrics = None, {}
+        if self.config.algorithm.use_kl_in_reward:
+            kls, metrics = self._kls(rows)
+        if self.critic is not None:
+            metrics |= self.critic.advantages(rows, outcomes, kls, beta)
+        elif kls is not None:
+            for row, outcome, kl in zip(rows, outcomes, kls, strict=True):
+                if not row.masked:
+                    row.advantages = with_kl_in_reward(outcome, kl, beta, mode)
+        return metrics
+
+    def _kls(self, rows: list[Row]) -> tuple[list[list[float]], dict[str, float]]:
+        """The KL of every token, by which the coefficient is then adapted, and the metrics."""
         assert self.reference is not None
         algorithm = self.config.algorithm
         if algorithm.kl_penalty == "full":
@@ -147,17 +174,12 @@ class Learner:
             for row, mine, other in zip(rows, policy, reference, strict=True):
                 kls.append(token_kl(torch.tensor(mine), torch.tensor(other), algorithm.kl_penalty).tolist())
                 row.old_logprobs, row.ref_logprobs = mine, other
-        means = []
-        for row, kl in zip(rows, kls, strict=True):
-            outcome = row.advantages[0] if row.advantages else 0.0
-            row.advantages = with_kl_in_reward(outcome, kl, self.kl.coef, algorithm.kl_reward_mode)
-            if kl:
-                means.append(sum(kl) / len(kl))
+        means = [sum(kl) / len(kl) for kl in kls if kl]
         mean = sum(means) / max(len(means), 1)
         metrics = {"kl/reward_mean": mean, "kl/coef": self.kl.coef}
         if math.isfinite(mean):  # otherwise the loss is not finite either, and the guards have it
             self.kl.update(mean, len(rows))
-        return metrics
+        return kls, metrics
 
     def _reject(self, parts: Sequence[list[Row]], bounds: Bounds, metrics: dict[str, float]) -> list[list[Row]]:
         """What is kept of `parts`, before anything is counted; [] of one without a token that is. Adds to `metrics`."""

@@ -30,6 +30,12 @@ def make_qwen3(
     return make_model(folder, "Qwen3", tied=tied, heads=heads, hidden=hidden, head_dim=head_dim, **sizes)
 
 
+def make_critic(folder: Path, family: str = "Qwen2", **sizes: Any) -> Path:
+    """A critic with random weights, as a model that classifies tokens with one class; see `make_model`."""
+    own = {"Qwen2": {"heads": 4, "hidden": 128}, "Qwen3": {"heads": 8, "hidden": 128, "head_dim": 32}}[family]
+    return make_model(folder, family, tied=False, kind="ForTokenClassification", num_labels=1, **own, **sizes)
+
+
 def make_model(
     folder: Path,
     family: str,
@@ -45,9 +51,10 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "5GB",
     rope: dict[str, Any] | None = None,
+    kind: str = "ForCausalLM",
     **more: Any,
 ) -> Path:
-    """A model of transformers' classes `family`Config and `family`ForCausalLM with random weights, biases and norms
+    """A model of transformers' classes `family`Config and `family``kind` with random weights, biases and norms
     included; returns the folder. `rope` is added to rope_parameters, `more` to the config."""
     import transformers
 
@@ -68,7 +75,7 @@ def make_model(
         pad_token_id=0,
         **more,
     )
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float()
+    model = getattr(transformers, family + kind)(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -32,7 +32,7 @@ def _resume(part: Part, in_background: bool) -> Numbers:
         policy.update(rows)
     root = part.work / f"checkpoints-{in_background}"
     side = side_files(folder, policy.dtype)
-    saver = Saver(root, TrainingState(policy), part.layout(), side, keep=1, in_background=in_background)
+    saver = Saver(root, [TrainingState(policy)], part.layout(), side, keep=1, in_background=in_background)
     state = RunState(BEFORE, BEFORE, BEFORE, {}, "", {}, None)
     begun_s = part.seconds(lambda: saver.save(state))
     going_on = [policy.update(rows) for _ in range(AFTER)]

@@ -25,6 +25,7 @@ def training_rows(rollouts: Sequence[Rollout], estimator: Estimator) -> list[Row
             response_ids=sample.token_ids,
             advantages=[0.0 if sample.masked else advantage] * len(sample.token_ids),
             rollout_logprobs=sample.logprobs,
+            masked=sample.masked,
         )
         for rollout, row in zip(rollouts, advantages(rollouts, estimator), strict=True)
         for sample, advantage in zip(rollout.samples, row, strict=True)

@@ -20,6 +20,7 @@ from remax_megatron.types import Row
 
 LONGEST_PADDING_ROW = 1024  # tokens, in a micro-batch without rows; else the longest row: attention costs their square
 
+_WHERE_ALL_HAVE_THEM = ("old_logprobs", "ref_logprobs", "values", "returns")  # numbers of a row's response tokens
 _ALIGNED = 16  # elements: a kernel that is compiled for aligned addresses then fits every micro-batch
 
 
@@ -29,9 +30,9 @@ class PackedBatch:
 
     tokens_T, positions_T  [T] int64         cu_seqlens [segments + 1] int32
     target_R               [R] int64         weight_R, advantage_R, the logprobs [R] float32
-    `old_logprob_R` is None when every ratio is exactly 1, `ref_logprob_R` without a KL; `rows` numbers the rows as the
-    caller does, `response_lengths` cuts R into them. `segments` holds (prompt tokens, [tokens of each answer]) in
-    order, without answers where a row stands alone.
+    `old_logprob_R` is None when every ratio is exactly 1, `ref_logprob_R` without a KL, `value_R` and `return_R`
+    without a critic; `rows` numbers the rows as the caller does, `response_lengths` cuts R into them. `segments` holds
+    (prompt tokens, [tokens of each answer]) in order, without answers where a row stands alone.
     """
 
     rows: list[int]
@@ -49,6 +50,8 @@ class PackedBatch:
     weight_R: Tensor  # 0 for rows that were not weighed, which are only scored
     response_lengths: list[int]
     segments: list[tuple[int, list[int]]]
+    value_R: Tensor | None = None
+    return_R: Tensor | None = None
     number: int = 0  # among the micro-batches of its rank
 
 
@@ -88,7 +91,7 @@ def pack(
     device         where the tensors go
     """
     packed = _Sequence()
-    for group in prompt_groups(rows, indices) if share_prompts else [[i] for i in indices]:
+    for group in prompt_groups(rows, indices) if share_prompts else ([i] for i in indices):
         packed.add_group([rows[i] for i in group])
     num_tokens = len(packed.tokens)
     padded = max(pad_to, -(-num_tokens // pad_to) * pad_to)
@@ -104,10 +107,9 @@ def pack(
     real.add("advantage", chain.from_iterable(row.advantages for row in chosen))
     real.add("rollout_logprob", chain.from_iterable(row.rollout_logprobs for row in chosen))
     real.add("weight", chain.from_iterable([row.weight or 0.0] * len(row.response_ids) for row in chosen))
-    for name, values in (("old", [r.old_logprobs for r in chosen]), ("ref", [r.ref_logprobs for r in chosen])):
-        given = [one for one in values if one is not None]
-        if values and len(given) == len(values):
-            real.add(name, chain.from_iterable(given))
+    for name in _WHERE_ALL_HAVE_THEM:
+        if chosen and None not in (values := [getattr(row, name) for row in chosen]):
+            real.add(name, chain.from_iterable(values))
     of_tokens, of_answers = whole.to(device), real.to(device)
     return PackedBatch(
         rows=list(indices),
@@ -120,8 +122,10 @@ def pack(
         target_R=of_tokens["target"],
         advantage_R=of_answers["advantage"],
         rollout_logprob_R=of_answers["rollout_logprob"],
-        old_logprob_R=of_answers.get("old"),
-        ref_logprob_R=of_answers.get("ref"),
+        old_logprob_R=of_answers.get("old_logprobs"),
+        ref_logprob_R=of_answers.get("ref_logprobs"),
+        value_R=of_answers.get("values"),
+        return_R=of_answers.get("returns"),
         weight_R=of_answers["weight"],
         response_lengths=[len(row.response_ids) for row in chosen],
         segments=packed.segments,

@@ -14,7 +14,7 @@ import inspect
 import logging
 import queue
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,16 +116,16 @@ class Saver:
     def __init__(
         self,
         root: str | Path,
-        training_state: TrainingState,
+        training_states: Sequence[TrainingState],
         layout: Layout,
         side_files: dict[str, bytes],
         *,
         keep: int,
         in_background: bool,
     ):
-        """`training_state` is what is saved, by each rank of `layout`, into `root`; `side_files` are what makes that a
+        """`training_states` are saved, by each rank of `layout`, into `root`; `side_files` are what makes that a
         model's folder; `keep` and `in_background` are trainer.max_ckpt_to_keep and trainer.async_save."""
-        self.root, self._training_state, self._layout = Path(root), training_state, layout
+        self.root, self._training_states, self._layout = Path(root), training_states, layout
         self._side_files, self._keep, self._in_background = side_files, keep, in_background
         self._pending: _Pending | None = None
         # One thread for all saves: glibc gives each new thread another memory arena, up to 8 per core, and what a
@@ -139,7 +139,7 @@ class Saver:
         """
         self.finish()
         background = self._in_background if in_background is None else in_background
-        blocks = self._training_state.sharded()
+        blocks = {name: block for state in self._training_states for name, block in state.sharded().items()}
         tensors = [block for block in blocks.values() if isinstance(block, ShardedTensor)]
         num_bytes = self._total(sum(block.data.numel() * block.data.element_size() for block in tensors))
         folder = partial_folder(self.root, state.step)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,9 +80,12 @@ def reward_file_digest(path: str | None) -> str | None:
         return None
 
 
-def restore_optimizer(state: RunState, folder: Path, training_state: TrainingState) -> None:
-    """Read the optimizer of `state` from its checkpoint. It comes before the engine, which measures free memory."""
-    training_state.load_optimizer(folder, state.num_updates)
+def restore_optimizers(state: RunState, folder: Path, training_states: Sequence[TrainingState]) -> None:
+    """Read the optimizers of `state`, the policy's and then a critic's, from its checkpoint. They come before the
+    engine, which measures free memory."""
+    counts = [state.num_updates, *([state.learner["critic"]["num_updates"]] if "critic" in state.learner else [])]
+    for training_state, num_updates in zip(training_states, counts, strict=True):
+        training_state.load_optimizer(folder, num_updates)
 
 
 def restore(state: RunState, learner: Learner, engine: Engine) -> None:

@@ -39,9 +39,10 @@ VERL = """\
 Settings have verl's names, and these are verl's keys that are not here: one is read as another, has no effect, or is
 refused. The first two say so in a note when the run starts; a key ending in `.*` stands for all below it.
 
-Three settings of the same name mean something else: `lr_warmup_steps` and `lr_decay_steps` of
-`actor_rollout_ref.actor.optim` count optimizer steps, not batches; `trainer.logger` leaves `file` out, because
-`metrics.jsonl` is always written; and `actor_rollout_ref.actor.use_dynamic_bsz` is on unless it is set to False.
+Some settings of the same name mean something else: `lr_warmup_steps` and `lr_decay_steps` of an optimizer count
+optimizer steps, not batches; `trainer.critic_warmup` counts the steps in which only the critic learns, of which verl
+has one fewer; `trainer.logger` leaves `file` out, because `metrics.jsonl` is always written; and
+`actor_rollout_ref.actor.use_dynamic_bsz` is on unless it is set to False.
 """
 
 

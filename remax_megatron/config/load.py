@@ -17,7 +17,6 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from remax_megatron.config.as_written import compose_preset, parse_override, value_as_written
-from remax_megatron.config.schema import ACTOR, SETTINGS, Config, ConfigError
+from remax_megatron.config.schema import CRITIC_MEGATRON, GROUPS, MEGATRON, SETTINGS, Config, ConfigError
 from remax_megatron.config.setting import set_value, type_words, value_of
 from remax_megatron.config.verl import Translated, translate
 from remax_megatron.data_files import expanded
@@ -161,7 +160,7 @@ def _checked(tree: dict[str, Any], where: str, prefix: str = "") -> dict[str, An
         key = prefix + name
         if key in SETTINGS:
             kept[name] = _mapping(key, value, where) if SETTINGS[key].mapping else value
-        elif key not in _groups():
+        elif key not in GROUPS:
             raise _unknown_key(f"{key}.{next(_dotted(value))}" if isinstance(value, dict) and value else key, where)
         elif isinstance(value, dict):
             kept[name] = _checked(value, where, f"{key}.")
@@ -254,13 +253,15 @@ def _settle(config: Config, set_by_user: set[str]) -> list[str]:
     """Bring settings into the one form the code reads: aliases mapped, switches off that cannot act, `~` expanded."""
     aliases = [(key, setting.alias_of) for key, setting in SETTINGS.items() if setting.alias_of]
     notes = [note for alias, key in aliases if (note := _map_alias(config, alias, key, set_by_user))]
-    megatron = config.actor_rollout_ref.actor.megatron
-    if megatron.sequence_parallel and megatron.tensor_model_parallel_size == 1:
-        megatron.sequence_parallel = False
-        notes.append(f"{ACTOR}.megatron.sequence_parallel=True is treated as False: tensor_model_parallel_size is 1")
-    if megatron.virtual_pipeline_model_parallel_size == 1:
-        megatron.virtual_pipeline_model_parallel_size = None
-        notes.append(f"{ACTOR}.megatron.virtual_pipeline_model_parallel_size=1 is treated as null: one chunk per stage")
+    policy = config.actor_rollout_ref.actor.megatron
+    for group in (MEGATRON, CRITIC_MEGATRON):
+        cut, virtual = f"{group}.sequence_parallel", f"{group}.virtual_pipeline_model_parallel_size"
+        if value_of(config, cut) and policy.tensor_model_parallel_size == 1:
+            set_value(config, cut, False)
+            notes.append(f"{cut}=True is treated as False: tensor_model_parallel_size is 1")
+        if value_of(config, virtual) == 1 and policy.virtual_pipeline_model_parallel_size in (None, 1):
+            set_value(config, virtual, None)
+            notes.append(f"{virtual}=1 is treated as null: one chunk per stage")
     logger = config.trainer.logger
     config.trainer.logger = [logger] if isinstance(logger, str) else [] if logger is None else logger
     if isinstance(logger, list) and "file" in logger:
@@ -293,11 +294,6 @@ def _expand_user(value: Any) -> Any:
 
 
 # Keys, types and messages --------------------------------------------------------------------------------------------
-
-
-@cache
-def _groups() -> frozenset[str]:
-    return frozenset(key[: dot.start()] for key in SETTINGS for dot in re.finditer(r"\.", key))
 
 
 def _dotted(tree: Mapping[str, Any]) -> Iterator[str]:

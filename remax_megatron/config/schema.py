@@ -7,7 +7,8 @@ the settings they stand for, `trainer.logger` is a list of names and `~` in path
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import MISSING
 from remax_megatron.algorithm.aggregation import MODES as AGGREGATION_MODES
 from remax_megatron.algorithm.bounds import Bounds, read_bounds, rejection_bounds
 from remax_megatron.algorithm.estimators import NAMES as ESTIMATORS
+from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.algorithm.names import (
     IMPORTANCE_LEVELS,
     KL_CONTROLLERS,
@@ -53,6 +55,8 @@ RECOMPUTE_MODULES = ("mlp", "core_attn", "layernorm")
 ACTOR = "actor_rollout_ref.actor"
 MEGATRON = "actor_rollout_ref.actor.megatron"
 ROLLOUT = "actor_rollout_ref.rollout"
+CRITIC = "critic"
+CRITIC_MEGATRON = "critic.megatron"
 
 
 class ConfigError(UserError):
@@ -436,6 +440,81 @@ class ActorRolloutRef:
 
 
 @dataclass
+class CriticModel:
+    """The model that becomes the critic."""
+
+    path: str | None = setting(
+        None,
+        path=True,
+        help="A causal language model, whose value head starts at 0, or a folder of a ...ForTokenClassification with "
+        "one label, as an exported critic is; null: actor_rollout_ref.model.path.",
+    )
+
+
+@dataclass
+class CriticOptim(Optim):
+    """Adam and its learning rate, for the critic."""
+
+    lr: float = setting(1e-5, limits=POSITIVE, help="Learning rate after the warmup, from which it may decay.")
+
+
+@dataclass
+class CriticMegatron:
+    """The critic has the policy's layout; where it lies and how it is computed may differ."""
+
+    tensor_model_parallel_size: int | None = setting(None, limits=POSITIVE, help="The policy's, which null stands for.")
+    pipeline_model_parallel_size: int | None = setting(
+        None, limits=POSITIVE, help="The policy's, which null stands for."
+    )
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None, limits=POSITIVE, help="The policy's, which null stands for."
+    )
+    sequence_parallel: bool | None = setting(
+        None, help="Cuts activations between the TP ranks where layers allow it; null: as the actor."
+    )
+    use_distributed_optimizer: bool | None = setting(
+        None, help="Each data-parallel rank keeps its share of Adam's state instead of all of it; null: as the actor."
+    )
+    param_offload: bool | None = setting(
+        None, help="GPU: moves the critic's weights to host memory during rollouts; null: as the actor's setting says."
+    )
+    grad_offload: bool | None = setting(
+        None, help="GPU: frees the gradients' memory during rollouts; null: as the actor."
+    )
+    optimizer_offload: bool | None = setting(
+        None,
+        help="GPU: moves master weights and Adam's state to host memory between updates; null: as the actor.",
+    )
+
+
+@dataclass
+class Critic:
+    """PPO's critic, with algorithm.adv_estimator=gae; where nothing stands here it is trained as the actor is."""
+
+    model: CriticModel = group(CriticModel)
+    optim: CriticOptim = group(CriticOptim)
+    ppo_mini_batch_size: int | None = setting(
+        None, limits=POSITIVE, help="Prompts per optimizer step of the critic; null: as the actor."
+    )
+    ppo_epochs: int | None = setting(
+        None, limits=POSITIVE, help="How often a batch is passed over; null: as the actor."
+    )
+    cliprange_value: float = setting(
+        0.5, limits=POSITIVE, help="How far a value may move from the one before the update."
+    )
+    loss_agg_mode: str = setting(
+        "token-mean", choices=AGGREGATION_MODES, help="How the losses of tokens are averaged; see docs/algorithm.md."
+    )
+    ppo_max_token_len_per_gpu: int | None = setting(
+        None, limits=POSITIVE, on_resume=MAY_CHANGE, help="Most tokens in one micro-batch; null: as the actor."
+    )
+    ppo_micro_batch_size_per_gpu: int | None = setting(
+        None, limits=POSITIVE, on_resume=MAY_CHANGE, help="Rows per micro-batch; null: as the actor."
+    )
+    megatron: CriticMegatron = group(CriticMegatron, on_resume=MAY_CHANGE)
+
+
+@dataclass
 class KlCtrl:
     """The coefficient of the KL in the reward."""
 
@@ -489,7 +568,13 @@ class Algorithm:
     reward_softmax_temperature: float = setting(
         1.0, limits=POSITIVE, help="Temperature of reward_softmax, in units of the reward."
     )
-    gamma: float = setting(1.0, help="The reward of a whole answer is not discounted: 1.0 is needed.")
+    gamma: float = setting(1.0, limits=POSITIVE_SHARE, help="Discount per token of gae; the other estimators need 1.0.")
+    lam: float = setting(
+        1.0,
+        limits=SHARE,
+        help="The lambda of gae (arXiv 1506.02438): 1 takes the critic's values as a baseline only; a smaller one "
+        "trusts them more, for less variance.",
+    )
     use_kl_in_reward: bool = setting(False, help="Subtracts the KL to the reference policy from the reward.")
     kl_penalty: str = setting(
         "kl", choices=KL_KINDS, help="How the KL in the reward is estimated; see docs/algorithm.md."
@@ -565,7 +650,12 @@ class Trainer:
         path=True,
         help="When this file appears, the run saves after the current step and ends.",
     )
-    critic_warmup: int = setting(0, limits=NOT_NEGATIVE, help="Has no effect: ReMax has no critic.")
+    critic_warmup: int = setting(
+        0,
+        limits=NOT_NEGATIVE,
+        on_resume=MUST_MATCH,
+        help="Steps at the start in which only the critic learns, with algorithm.adv_estimator=gae.",
+    )
     device: str = setting(
         "auto", choices=("auto", "cuda", "cpu"), help="Where the run computes; auto: on a GPU if there is one."
     )
@@ -652,6 +742,7 @@ class Config:
 
     data: Data = group(Data)
     actor_rollout_ref: ActorRolloutRef = group(ActorRolloutRef)
+    critic: Critic = group(Critic)
     algorithm: Algorithm = group(Algorithm)
     trainer: Trainer = group(Trainer, on_resume=MAY_CHANGE)
     custom_reward_function: CustomRewardFunction = group(CustomRewardFunction)
@@ -659,6 +750,7 @@ class Config:
 
 
 SETTINGS = settings_of(Config)
+GROUPS = frozenset(key[: dot.start()] for key in SETTINGS for dot in re.finditer(r"\.", key))  # dotted
 
 
 def as_list(value: Any) -> list[Any]:
@@ -678,11 +770,34 @@ def needs_reference(config: Config) -> bool:
     return config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss
 
 
+def has_critic(config: Config) -> bool:
+    """Whether the estimator takes a critic's values."""
+    return get_estimator(config.algorithm.adv_estimator).needs_critic
+
+
+def critic_as_actor(config: Config) -> Actor:
+    """Give the settings of the critic's update: the actor's, and the critic's own in their place where they are set."""
+    actor, critic = config.actor_rollout_ref.actor, config.critic
+    own = {field.name: getattr(critic.megatron, field.name) for field in fields(critic.megatron)}
+    return replace(
+        actor,
+        optim=critic.optim,
+        ppo_mini_batch_size=critic.ppo_mini_batch_size or actor.ppo_mini_batch_size,
+        ppo_epochs=critic.ppo_epochs or actor.ppo_epochs,
+        loss_agg_mode=critic.loss_agg_mode,
+        ppo_max_token_len_per_gpu=critic.ppo_max_token_len_per_gpu or actor.ppo_max_token_len_per_gpu,
+        ppo_micro_batch_size_per_gpu=critic.ppo_micro_batch_size_per_gpu or actor.ppo_micro_batch_size_per_gpu,
+        megatron=replace(actor.megatron, **{name: value for name, value in own.items() if value is not None}),
+    )
+
+
 def skips_zero_advantage(config: Config) -> bool:
     """Whether rows whose advantages are all 0 are left out: where that is exact, unless the user said no.
 
-    It is exact when nothing but the advantage makes a gradient: no KL and no entropy term.
+    It is exact when nothing but the advantage makes a gradient: no KL and no entropy term, and no critic to teach.
     """
+    if has_critic(config):
+        return False
     actor = config.actor_rollout_ref.actor
     if actor.skip_zero_advantage is None:
         return not needs_reference(config) and actor.entropy_coeff == 0

@@ -2,7 +2,7 @@
 
     actor_rollout_ref.actor.grad_clip=1.0      read as actor_rollout_ref.actor.optim.clip_grad=1.0
     trainer.balance_batch=True                 has no effect, and a note says why
-    critic.optim.lr=1e-5                       refused, with what to do instead
+    reward_model.enable=True                   refused, with what to do instead
 
 TABLE has them all (verl 0.7: the keys of its examples for GSM8K, and those of its trainer's settings for Megatron);
 `translate` looks every key of a preset or override up in it, and docs/settings.md shows it.
@@ -10,14 +10,25 @@ TABLE has them all (verl 0.7: the keys of its examples for GSM8K, and those of i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, SETTINGS, ConfigError
+from remax_megatron.config.schema import (
+    ACTOR,
+    CRITIC,
+    CRITIC_MEGATRON,
+    GROUPS,
+    MEGATRON,
+    ROLLOUT,
+    SETTINGS,
+    ConfigError,
+)
 
 MODEL, REF = "actor_rollout_ref.model", "actor_rollout_ref.ref"
 OPTIM, TRANSFORMER = f"{ACTOR}.optim", f"{MEGATRON}.override_transformer_config"
+CRITIC_MODEL, CRITIC_OPTIM = f"{CRITIC}.model", f"{CRITIC}.optim"
+MODELS, MEGATRONS = (MODEL, CRITIC_MODEL), (MEGATRON, CRITIC_MEGATRON)
 
 _NOTHING: tuple[Any, ...] = (None, "", {}, [])  # values with which nothing is asked for
 
@@ -106,7 +117,6 @@ class Refused:
 
 Fate = ReadAs | Ignored | Refused
 
-_NO_CRITIC = "PPO's critic is not offered yet; leave critic.* out, with algorithm.adv_estimator of remax, rloo or grpo"
 _NO_LORA = "LoRA is not offered, the whole model is trained; leave it out"
 _ONE_FOLDER = f"model, config and tokenizer are those of {MODEL}.path; set that"
 _NO_OWN_CODE = "code is executed for rewards only; write the prompts to a .parquet or .jsonl file"
@@ -116,13 +126,51 @@ _PROFILES = "trainer.profile_steps has the steps of which every rank writes a tr
 _FUSED = "log-probabilities are always computed in chunks, and kernels are chosen by the layers"
 _MODEL_AS_IT_IS = f"the model is computed as its config.json says; change that in {MODEL}.path"
 
+
+def _below(parts: Iterable[str], *names: str) -> tuple[str, ...]:
+    """The keys `names` below each of `parts`."""
+    return tuple(f"{part}.{name}" for part in parts for name in names)
+
+
+def _of_optimizer(optim: str, megatron: str) -> dict[tuple[str, ...], Fate]:
+    """What becomes of the keys of an optimizer, whose settings are at `optim`; those of its model's Megatron are at
+    `megatron`."""
+    return {
+        (f"{optim}.betas",): ReadAs((f"{optim}.beta1", f"{optim}.beta2")),
+        (f"{optim}.optimizer",): Refused("the optimizer is Adam; leave it out", ("adam", "AdamW")),
+        (f"{optim}.optimizer_impl",): Refused("the optimizer is Megatron's Adam; leave it out", ("torch.optim",)),
+        (f"{optim}.warmup_style", f"{optim}.lr_scheduler_type"): ReadAs(
+            (f"{optim}.lr_decay_style",), {"constant": "constant", "cosine": "cosine"}
+        ),
+        (f"{optim}.total_training_steps",): Refused(f"set {optim}.lr_decay_steps, in optimizer steps", (-1,)),
+        (f"{optim}.lr_warmup_init",): Refused("the warmup begins at lr / lr_warmup_steps; leave it out", (0,)),
+        (f"{optim}.min_lr_ratio",): Refused(f"set {optim}.min_lr, which is no share of lr", (0,)),
+        (f"{optim}.num_cycles",): Refused("a cosine falls once, which is half a cycle; set it to 0.5", (0.5,)),
+        (f"{optim}.zero_indexed_step", f"{optim}.use_checkpoint_opt_param_scheduler"): Ignored(
+            "the learning rate is a function of the optimizer steps that were made"
+        ),
+        (f"{optim}.weight_decay_incr_style",): Refused(
+            "the weight decay is constant; set it to constant", ("constant",)
+        ),
+        (f"{optim}.lr_wsd_decay_style", f"{optim}.lr_wsd_decay_steps"): Ignored("lr_decay_style=WSD is not offered"),
+        (
+            f"{optim}.override_optimizer_config.optimizer_cpu_offload",
+            f"{optim}.override_optimizer_config.optimizer_offload_fraction",
+            f"{optim}.override_optimizer_config.overlap_cpu_optimizer_d2h_h2d",
+        ): Ignored(f"Adam's step is made on the GPU; {megatron}.optimizer_offload frees its memory between updates"),
+        (f"{optim}.override_optimizer_config.*",): Refused(
+            f"the optimizer has the settings of {optim} and no others; leave it out", (False,)
+        ),
+    }
+
+
 # Keys, of which one that ends in .* stands for all below it, and what becomes of them. The longest that fits counts.
 TABLE: dict[tuple[str, ...], Fate] = {
     # data
     ("data.seed",): ReadAs(("trainer.seed",)),
     ("data.tokenizer",): Refused(_ONE_FOLDER),
     ("data.reward_fn_key",): Refused("the column is always data_source; rename it in the file", ("data_source",)),
-    ("data.trust_remote_code", f"{MODEL}.external_lib"): Refused(
+    ("data.trust_remote_code", f"{CRITIC_MODEL}.trust_remote_code", *_below(MODELS, "external_lib")): Refused(
         "code from a model folder is never executed; set it to False or leave it out", (False,)
     ),
     ("data.return_raw_chat", "data.return_raw_input_ids", "data.return_full_prompt"): Ignored(
@@ -132,7 +180,7 @@ TABLE: dict[tuple[str, ...], Fate] = {
         "data.dataloader_num_workers",
         "data.filter_overlong_prompts_workers",
         "data.use_shm",
-        f"{MODEL}.use_shm",
+        *_below(MODELS, "use_shm"),
     ): Ignored("files are read once, at the start"),
     ("data.validation_shuffle",): Ignored("validation prompts keep the order of the files"),
     ("data.image_key", "data.video_key", "data.image_patch_size", "data.return_multi_modal_inputs"): Ignored(
@@ -145,12 +193,12 @@ TABLE: dict[tuple[str, ...], Fate] = {
     (f"{MODEL}.use_rmpad", f"{MEGATRON}.use_remove_padding"): ReadAs((f"{MODEL}.use_remove_padding",)),
     (f"{MODEL}.use_fused_kernels", f"{MODEL}.fused_kernel_options.*", f"{ACTOR}.use_fused_kernels"): Ignored(_FUSED),
     (f"{MODEL}.use_liger", f"{ACTOR}.use_torch_compile", f"{REF}.use_torch_compile"): Ignored(_FUSED),
-    (f"{MODEL}.enable_activation_offload", f"{MODEL}.tiled_mlp.*"): Ignored(
+    (*_below(MODELS, "enable_activation_offload"), f"{MODEL}.tiled_mlp.*"): Ignored(
         f"{MODEL}.enable_gradient_checkpointing saves the memory of activations"
     ),
-    (f"{MODEL}.lora_rank", f"{MODEL}.lora.rank"): Refused(_NO_LORA, (0,)),
-    (f"{MODEL}.lora_adapter_path", f"{MODEL}.lora.adapter_path"): Refused(_NO_LORA),
-    (f"{MODEL}.lora_alpha", f"{MODEL}.target_modules", f"{MODEL}.exclude_modules", f"{MODEL}.lora.*"): Ignored(
+    _below(MODELS, "lora_rank", "lora.rank"): Refused(_NO_LORA, (0,)),
+    _below(MODELS, "lora_adapter_path", "lora.adapter_path"): Refused(_NO_LORA),
+    _below(MODELS, "lora_alpha", "target_modules", "exclude_modules", "lora.*"): Ignored(
         "the whole model is trained, without LoRA"
     ),
     (f"{MODEL}.tokenizer_path", f"{MODEL}.hf_config_path"): Refused(_ONE_FOLDER),
@@ -161,8 +209,14 @@ TABLE: dict[tuple[str, ...], Fate] = {
     (f"{ACTOR}.ppo_micro_batch_size",): Refused(
         f"it counts rows of all ranks; set {ACTOR}.ppo_micro_batch_size_per_gpu"
     ),
-    (f"{ACTOR}.shuffle",): Refused("mini-batches take the prompts of a batch in order; set it to False", (False,)),
-    (f"{ACTOR}.ulysses_sequence_parallel_size", f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size"): Refused(
+    (f"{ACTOR}.shuffle", f"{CRITIC}.shuffle"): Refused(
+        "mini-batches take the prompts of a batch in order; set it to False", (False,)
+    ),
+    (
+        f"{ACTOR}.ulysses_sequence_parallel_size",
+        f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size",
+        f"{CRITIC}.ulysses_sequence_parallel_size",
+    ): Refused(
         f"sequences are not cut between ranks; set it to 1, and {MEGATRON}.tensor_model_parallel_size with "
         "sequence_parallel=True to save memory",
         (1,),
@@ -178,40 +232,20 @@ TABLE: dict[tuple[str, ...], Fate] = {
     (f"{ACTOR}.use_prefix_grouper",): ReadAs((f"{ACTOR}.share_prompts",)),
     (f"{ACTOR}.checkpoint.async_save",): ReadAs(("trainer.async_save",)),
     (f"{ACTOR}.checkpoint.*",): Ignored("a checkpoint has all that a resumed run needs"),
-    (f"{ACTOR}.data_loader_seed", f"{MEGATRON}.seed"): Ignored("all seeds derive from trainer.seed"),
+    (*_below((ACTOR, CRITIC), "data_loader_seed"), *_below(MEGATRONS, "seed")): Ignored(
+        "all seeds derive from trainer.seed"
+    ),
     (f"{ACTOR}.freeze_vision_tower", f"{ACTOR}.router_replay.*", f"{REF}.router_replay.*"): Ignored(
         "the model has neither images nor experts"
     ),
-    (f"{ACTOR}.rollout_n", f"{REF}.rollout_n"): Ignored(f"it is {ROLLOUT}.n"),
-    (f"{ACTOR}.load_weight", f"{REF}.load_weight"): Refused("weights are always loaded; set it to True", (True,)),
+    _below((ACTOR, REF, CRITIC), "rollout_n"): Ignored(f"it is {ROLLOUT}.n"),
+    _below((ACTOR, REF, CRITIC), "load_weight"): Refused("weights are always loaded; set it to True", (True,)),
     (f"{ACTOR}.fsdp_config.grad_offload",): ReadAs((f"{MEGATRON}.grad_offload",)),
     (f"{ACTOR}.fsdp_config.*", f"{REF}.fsdp_config.*"): Ignored(
         f"the policy is Megatron-Core; its layout and type are those of {MEGATRON}"
     ),
     # the optimizer
-    (f"{OPTIM}.betas",): ReadAs((f"{OPTIM}.beta1", f"{OPTIM}.beta2")),
-    (f"{OPTIM}.optimizer",): Refused("the optimizer is Adam; leave it out", ("adam", "AdamW")),
-    (f"{OPTIM}.optimizer_impl",): Refused("the optimizer is Megatron's Adam; leave it out", ("torch.optim",)),
-    (f"{OPTIM}.warmup_style", f"{OPTIM}.lr_scheduler_type"): ReadAs(
-        (f"{OPTIM}.lr_decay_style",), {"constant": "constant", "cosine": "cosine"}
-    ),
-    (f"{OPTIM}.total_training_steps",): Refused(f"set {OPTIM}.lr_decay_steps, in optimizer steps", (-1,)),
-    (f"{OPTIM}.lr_warmup_init",): Refused("the warmup begins at lr / lr_warmup_steps; leave it out", (0,)),
-    (f"{OPTIM}.min_lr_ratio",): Refused(f"set {OPTIM}.min_lr, which is no share of lr", (0,)),
-    (f"{OPTIM}.num_cycles",): Refused("a cosine falls once, which is half a cycle; set it to 0.5", (0.5,)),
-    (f"{OPTIM}.zero_indexed_step", f"{OPTIM}.use_checkpoint_opt_param_scheduler"): Ignored(
-        "the learning rate is a function of the optimizer steps that were made"
-    ),
-    (f"{OPTIM}.weight_decay_incr_style",): Refused("the weight decay is constant; set it to constant", ("constant",)),
-    (f"{OPTIM}.lr_wsd_decay_style", f"{OPTIM}.lr_wsd_decay_steps"): Ignored("lr_decay_style=WSD is not offered"),
-    (
-        f"{OPTIM}.override_optimizer_config.optimizer_cpu_offload",
-        f"{OPTIM}.override_optimizer_config.optimizer_offload_fraction",
-        f"{OPTIM}.override_optimizer_config.overlap_cpu_optimizer_d2h_h2d",
-    ): Ignored(f"Adam's step is made on the GPU; {MEGATRON}.optimizer_offload frees its memory between updates"),
-    (f"{OPTIM}.override_optimizer_config.*",): Refused(
-        f"the optimizer has the settings of {OPTIM} and no others; leave it out", (False,)
-    ),
+    **_of_optimizer(OPTIM, MEGATRON),
     # Megatron
     (f"{MEGATRON}.use_mbridge", f"{MEGATRON}.vanilla_mbridge", f"{MEGATRON}.use_dist_checkpointing"): Ignored(
         f"{MODEL}.path is a Hugging Face folder or a converted Megatron folder, and the folder tells"
@@ -219,8 +253,8 @@ TABLE: dict[tuple[str, ...], Fate] = {
     (f"{MEGATRON}.dist_checkpointing_path", f"{MEGATRON}.dist_checkpointing_prefix"): Refused(
         f"the model is that of {MODEL}.path, which may be a converted Megatron folder; set that"
     ),
-    (f"{MEGATRON}.expert_model_parallel_size", f"{MEGATRON}.expert_tensor_parallel_size"): Refused(_NO_EXPERTS, (1,)),
-    (f"{MEGATRON}.use_megatron_fsdp",): Refused(
+    _below(MEGATRONS, "expert_model_parallel_size", "expert_tensor_parallel_size"): Refused(_NO_EXPERTS, (1,)),
+    _below(MEGATRONS, "use_megatron_fsdp"): Refused(
         f"Megatron's FSDP is not offered; set it to False, and {MEGATRON}.use_distributed_optimizer=True", (False,)
     ),
     (f"{MEGATRON}.forward_only",): Ignored("the policy is trained, the reference is not"),
@@ -271,6 +305,43 @@ TABLE: dict[tuple[str, ...], Fate] = {
     ): Ignored(_SAME_PACKING),
     (f"{REF}.entropy_from_logits_with_chunking", f"{REF}.entropy_checkpointing"): Ignored(
         "the reference's entropy is not computed"
+    ),
+    # the critic
+    (f"{CRITIC}.enable",): Ignored("algorithm.adv_estimator=gae has a critic, the others have none"),
+    (f"{CRITIC}.strategy",): Refused("the critic is always Megatron-Core; set it to megatron", ("megatron",)),
+    **_of_optimizer(CRITIC_OPTIM, CRITIC_MEGATRON),
+    (f"{CRITIC}.grad_clip",): ReadAs((f"{CRITIC_OPTIM}.clip_grad",)),
+    (f"{CRITIC}.ppo_micro_batch_size",): Refused(
+        f"it counts rows of all ranks; set {CRITIC}.ppo_micro_batch_size_per_gpu"
+    ),
+    _below(
+        (CRITIC,), "forward_micro_batch_size", "forward_micro_batch_size_per_gpu", "forward_max_token_len_per_gpu"
+    ): Ignored(f"passes without a gradient are packed as updates are, by {CRITIC}.ppo_max_token_len_per_gpu"),
+    (f"{CRITIC}.use_dynamic_bsz",): Ignored(f"it is {ACTOR}.use_dynamic_bsz"),
+    (f"{CRITIC}.nccl_timeout",): Ignored("trainer.collective_timeout_s is that of all collectives"),
+    (f"{CRITIC}.checkpoint.*",): Ignored("the critic is in the policy's checkpoints"),
+    (f"{CRITIC_MODEL}.tokenizer_path",): Ignored("the critic reads the policy's tokens"),
+    (f"{CRITIC_MODEL}.override_config.*", f"{CRITIC_MEGATRON}.override_mcore_model_config.*"): Refused(
+        f"the critic is computed as its config.json says; change that in {CRITIC_MODEL}.path", (False,)
+    ),
+    (f"{CRITIC_MODEL}.enable_gradient_checkpointing",): Ignored(f"it is {MODEL}.enable_gradient_checkpointing"),
+    (f"{CRITIC_MODEL}.use_remove_padding", f"{CRITIC_MODEL}.use_rmpad", f"{CRITIC_MEGATRON}.use_remove_padding"): (
+        Refused("micro-batches are always packed; set it to True", (True,))
+    ),
+    **{
+        (f"{CRITIC_MODEL}.fsdp_config.{name}",): ReadAs((f"{CRITIC_MEGATRON}.{name}",))
+        for name in ("param_offload", "grad_offload", "optimizer_offload")
+    },
+    (f"{CRITIC_MODEL}.fsdp_config.*",): Ignored("the critic is Megatron-Core, in the policy's layout"),
+    (f"{CRITIC_MEGATRON}.dist_checkpointing_path", f"{CRITIC_MEGATRON}.dist_checkpointing_prefix"): Refused(
+        f"the critic is the model of {CRITIC_MODEL}.path; set that"
+    ),
+    (f"{CRITIC_MEGATRON}.context_parallel_size",): Refused("context parallelism is not offered; set it to 1", (1,)),
+    _below((CRITIC_MEGATRON,), "use_mbridge", "vanilla_mbridge", "use_dist_checkpointing"): Ignored(
+        f"{CRITIC_MODEL}.path is a folder, and the folder tells"
+    ),
+    _below((CRITIC_MEGATRON,), "dtype", "forward_only", "override_ddp_config.*", "override_transformer_config.*"): (
+        Ignored(f"the critic is computed as the policy is, as {MEGATRON} says")
     ),
     # the engine
     (f"{ROLLOUT}.mode",): Ignored("a batch is answered in one call of the engine, in the training ranks"),
@@ -327,7 +398,6 @@ TABLE: dict[tuple[str, ...], Fate] = {
     ("actor_rollout_ref.hybrid_engine",): Refused("engine and policy share the ranks; set it to True", (True,)),
     ("actor_rollout_ref.nccl_timeout",): ReadAs(("trainer.collective_timeout_s",)),
     # rewards and the algorithm
-    ("algorithm.lam",): Ignored("it is of PPO's critic, which is not offered yet"),
     ("algorithm.in_reward_kl.coef",): ReadAs(("algorithm.kl_ctrl.kl_coef",)),
     ("algorithm.use_pf_ppo",): Refused("a batch is trained as it was answered; set it to False", (False,)),
     ("algorithm.pf_ppo.*",): Ignored("a batch is trained as it was answered"),
@@ -346,8 +416,6 @@ TABLE: dict[tuple[str, ...], Fate] = {
     ("algorithm.rollout_correction.*",): Refused(
         "of the corrections only rollout_is and rollout_rs, with their thresholds, are offered; leave it out", (False,)
     ),
-    ("critic.enable",): Refused(_NO_CRITIC, (False,)),
-    ("critic.*",): Refused(_NO_CRITIC),
     ("reward_model.enable", "reward.reward_model.enable"): Refused(
         "a reward model is not offered; set it to False, and custom_reward_function.path to a function", (False,)
     ),
@@ -366,7 +434,7 @@ TABLE: dict[tuple[str, ...], Fate] = {
     # the run
     ("trainer.balance_batch",): Ignored("micro-batches are always balanced between the ranks"),
     ("trainer.max_actor_ckpt_to_keep",): ReadAs(("trainer.max_ckpt_to_keep",)),
-    ("trainer.max_critic_ckpt_to_keep",): Ignored("there is no critic"),
+    ("trainer.max_critic_ckpt_to_keep",): Ignored("the critic is in the policy's checkpoints"),
     ("trainer.remove_previous_ckpt_in_save", "trainer.del_local_ckpt_after_load"): Ignored(
         "trainer.max_ckpt_to_keep says which checkpoints are kept"
     ),
@@ -384,16 +452,16 @@ TABLE: dict[tuple[str, ...], Fate] = {
         "trainer.worker_nsight_options.*",
         "trainer.controller_nsight_options.*",
         "trainer.profile_continuous_steps",
-        *(f"{part}.{name}" for part in (ACTOR, REF, ROLLOUT) for name in ("profiler.*", "profile_ranks")),
-        *(f"{part}.{name}" for part in (ACTOR, REF, ROLLOUT) for name in ("profile_ranks_all", "profile_discrete")),
+        *_below((ACTOR, REF, ROLLOUT, CRITIC), "profiler.*", "profile_ranks", "profile_ranks_all", "profile_discrete"),
     ): Ignored(_PROFILES),
 }
 _FATES = {key: fate for keys, fate in TABLE.items() for key in keys}
 
 
 def fate_of(key: str) -> Fate | None:
-    """What becomes of verl's `key`: by the longest entry that fits. None for a key that the table does not have."""
-    if key in SETTINGS:
+    """What becomes of verl's `key`: by the longest entry that fits. None for a key that the table does not have, and of
+    a setting or a group of them."""
+    if key in SETTINGS or key in GROUPS:
         return None
     if key in _FATES:
         return _FATES[key]

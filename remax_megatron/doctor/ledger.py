@@ -4,7 +4,8 @@
     counted.phases["update"]        {"weights": 7615616512, "gradients": ..., "saved for backward": ..., ...}
     counted.peak("update")          the sum, in bytes
 
-Phases: `update` (forward and backward), `optimizer` (its step), `sync` (weights into the engine), `canary`, `rollout`.
+Phases: `update` (forward and backward), `optimizer` (its step), `sync` (weights into the engine), `canary`, `rollout`;
+and `critic`, the update of PPO's critic, and `critic's optimizer`.
 The rank is one of the pipeline stage that needs most; all its tensor- and data-parallel peers hold the same.
 
 Every term says where it comes from. In the comments e is the bytes of an element, T the tokens of a micro-batch, s is
@@ -18,13 +19,14 @@ what vLLM keeps while it sleeps.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from remax_megatron.config.schema import Config, needs_reference, recompute_of
+from remax_megatron.config.schema import Config, critic_as_actor, has_critic, needs_reference, recompute_of
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rollout.memory import canary_bytes, largest_module_bytes
 
@@ -84,6 +86,7 @@ def ledger(
     batch: MicroBatch | None = None,
     stage: int | None = None,
     stack: Stack | None = None,
+    critic: ModelFacts | None = None,
 ) -> Ledger:
     """The ledger of `config` for a model of `facts`.
 
@@ -93,12 +96,18 @@ def ledger(
     batch       the micro-batches, None: those of `full_micro_batch`
     stage       the pipeline stage, None: the one that needs most
     stack       what computes, None: what is installed here
+    critic      the sizes of a critic, None: those of `facts` with a value head
     """
     batch, stack = batch or full_micro_batch(config, world_size), stack or installed_stack(config, on_cpu)
     pp = config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
     stages = range(pp) if stage is None else (stage,)
-    made = [Ledger(_Rank(config, facts, world_size, card, batch, stack, one).phases(), one) for one in stages]
-    return max(made, key=Ledger.peak)
+    ranks = [_Rank(config, facts, world_size, card, batch, stack, one) for one in stages]
+    for rank in ranks if has_critic(config) else ():
+        settings = copy.deepcopy(config)
+        settings.actor_rollout_ref.actor = critic_as_actor(config)
+        batch = full_micro_batch(settings, world_size)
+        rank.critic = _Rank(settings, critic or facts.as_critic(), world_size, card, batch, stack, rank.stage)
+    return max((Ledger(rank.phases(), rank.stage) for rank in ranks), key=Ledger.peak)
 
 
 def full_micro_batch(config: Config, world_size: int) -> MicroBatch:
@@ -181,6 +190,7 @@ class _Rank:
         self.cut = self.tp if megatron.sequence_parallel else 1  # s
         self.has_te = stack.layers == "transformer_engine"
         self.recompute = recompute_of(config)
+        self.critic: _Rank | None = None
 
     # -- phases ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +204,20 @@ class _Rank:
             "canary": waits | self.canary(),
             "rollout": waits,
         }
+        if self.critic is not None:
+            critic_waits = self.critic.model_terms(waiting=True)
+            made = {phase: terms | critic_waits for phase, terms in made.items()}
+            policy = {name: size for name, size in waits.items() if name not in share} | self.critic.model_terms()
+            late = {f"critic's {name}" for name in self.critic.held() if self.critic.comes_back_late(name)}
+            made["critic"] = {name: size for name, size in policy.items() if name not in late} | self.critic.passes()
+            made["critic's optimizer"] = policy | self.critic.adam_step()
         return {phase: {name: size for name, size in terms.items() if size} for phase, terms in made.items()}
+
+    def model_terms(self, waiting: bool = False) -> dict[str, int]:
+        """A critic's own of `held`, by names of its own; `waiting`: while neither it nor the policy is updated."""
+        held, away = self.held(), self.offloaded() if waiting else {}
+        own = ("weights", "gradients", "optimizer")
+        return {f"critic's {name}": held[name] - away.get(name, 0) for name in own}
 
     def held(self) -> dict[str, int]:
         """What lies there from the first update on."""
@@ -213,6 +236,7 @@ class _Rank:
         held = self.held()
         moves = not self.stack.on_cpu
         return {
+            "weights": held["weights"] * (moves and self.facts.value_head and self.megatron.param_offload),
             "gradients": held["gradients"] * (moves and self.megatron.grad_offload),
             "optimizer": held["optimizer"] * (moves and self.megatron.optimizer_offload),
         }
@@ -374,6 +398,8 @@ class _Rank:
         """algorithm.logprob, backward: hidden states of the scored positions and their float32 gradient, the gradient
         of the head and float32 sums of some of its rows, and a tile: its logits and their gradient."""
         hidden, scored = self.facts.hidden_size, self.batch.scored
+        if self.facts.value_head:
+            return scored * hidden * (self.element + 4)
         height = max(1, min(self.megatron.logprob_chunk_size, scored))
         width = HEAD_TILE // (4 * max(height, 1024))
         tile = height * width * (4 + self.element)

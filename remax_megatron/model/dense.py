@@ -1,8 +1,9 @@
 """A dense model as Megatron-Core `GPTModel` chunks whose output is the hidden states before the head.
 
 The head is applied by `remax_megatron.algorithm.logprob` to the scored positions only, so the logits of a whole
-micro-batch never exist. Weights come from `remax_megatron.model.live_weights`. What one family of models has and
-another has not is in `remax_megatron/model_family.py`.
+micro-batch never exist; a critic's is `remax_megatron.model.value_head`. Weights come from
+`remax_megatron.model.live_weights`. What one family of models has and another has not is in
+`remax_megatron/model_family.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from remax_megatron.model.attention import PackedRows
 from remax_megatron.model.layers import layer_spec
 from remax_megatron.model.rotary import inverse_frequencies, softmax_scale
+from remax_megatron.model.value_head import ValueHead
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel import cpu_platform
 from remax_megatron.parallel.layout import Layout
@@ -157,6 +159,8 @@ def build_chunks(
             parallel_output=True,
             vp_stage=vp_stage,
         )
+        if facts.value_head and chunk.post_process:
+            chunk.output_layer = ValueHead(facts.hidden_size, config.params_dtype)
         chunk.rotary_pos_emb.inv_freq = frequencies.to(chunk.rotary_pos_emb.inv_freq.device)
         chunks.append(chunk.to(layout.device))
     return chunks

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.weights.critic_folder import open_critic
 from remax_megatron.weights.megatron_folder import open_weights
 from remax_megatron.weights.weight_table import (
     EMBEDDING,
@@ -35,14 +36,17 @@ def table_parameters(chunk: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {table_name(name): parameter for name, parameter in chunk.named_parameters()}
 
 
-def load_weights(chunks: list[torch.nn.Module], folder: str, facts: ModelFacts, layout: Layout) -> None:
+def load_weights(
+    chunks: list[torch.nn.Module], folder: str, facts: ModelFacts, layout: Layout, prefix: str = ""
+) -> None:
     """Fill this rank's parameters from a Hugging Face folder or a Megatron checkpoint, in the parameters' dtype.
 
     No collectives, and no pickle of the checkpoint is run: either kind of folder is read where its bytes lie.
 
-    With tied embeddings and more than one pipeline stage the last stage's copy of the embedding is filled too.
+    With tied embeddings and more than one pipeline stage the last stage's copy of the embedding is filled too. `prefix`
+    is that of a critic's names in the checkpoint of a run.
     """
-    weights = open_weights(folder, facts)
+    weights = open_critic(folder, facts, prefix) if facts.value_head else open_weights(folder, facts)
     parameters = [table_parameters(chunk) for chunk in chunks]
     for entry in weight_table(facts):
         rank, chunk, name = owner(entry, facts.num_layers, layout.pp, layout.vpp)

@@ -1,4 +1,4 @@
-"""Optimizer state that waits in host memory while the engine has the GPU.
+"""Optimizer state, and a critic's weights, that wait in host memory while the engine has the GPU.
 
 The copies go through page-locked memory, which the device reaches at the full speed of its link and without the host
 waiting for each of them. Tensors keep their identity: only their storage is given up and taken again.
@@ -6,7 +6,7 @@ waiting for each of them. Tensors keep their identity: only their storage is giv
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,6 +64,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, *, masters: bool) -> lis
         state = optimizer.state.get(parameter, {})
         tensors += [value for name, value in state.items() if name != "step" and isinstance(value, Tensor)]
     return tensors
+
+
+def blocks_of(chunks: Sequence[torch.nn.Module]) -> tuple[list[Tensor], dict[torch.nn.Parameter, tuple[int, int]]]:
+    """The tensors in which the parameters of `chunks`, wrapped in Megatron's DDP, lie: its buffers, or, where it has
+    none for them, their own. And for each parameter the number of its tensor and where in it the parameter begins."""
+    buffers = [buffer.param_data for chunk in chunks for buffer in chunk.buffers if buffer.param_data is not None]
+    blocks = {block.untyped_storage().data_ptr(): number for number, block in enumerate(buffers)}
+    place = {}
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+        storage = parameter.untyped_storage().data_ptr()
+        if storage not in blocks:
+            blocks[storage] = len(buffers)
+            buffers.append(parameter.detach())
+        place[parameter] = blocks[storage], parameter.storage_offset()
+    return buffers, place
 
 
 def _page_locked_like(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A dense model under Megatron that runs packed micro-batches: what policy and reference have in common.
+"""A dense model under Megatron that runs packed micro-batches: what policy, reference and critic have in common.
 
 Everything collective is called by every rank of the run with the same rows; each data-parallel rank works on its
 share of the micro-batches, and results come back on every rank.
@@ -10,17 +10,15 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from remax_megatron.algorithm.logprob import head_logprob
 from remax_megatron.batching.packed import PackedBatch, num_shared_tokens, pack, prompt_groups
 from remax_megatron.batching.schedule import Schedule, row_cost, schedule_by_rows, schedule_by_tokens
 from remax_megatron.model.attention import choose_backend, packed_rows
@@ -36,23 +34,14 @@ from remax_megatron.types import Row
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Scored:
-    """The scored positions of a micro-batch on the last stage: logprob_R and entropy_R [R] float32, and what they were
-    computed from, the hidden states hidden_RH and this rank's rows of the head, head_VH."""
-
-    logprob_R: Tensor
-    entropy_R: Tensor
-    hidden_RH: Tensor
-    head_VH: Tensor
+S = TypeVar("S")  # what a model says of the scored positions of a micro-batch
 
 
-# -> the loss of the micro-batch
-LossFunction = Callable[[PackedBatch, Scored], Tensor]
+class PackedModel(Generic[S]):
+    """`chunks` on this rank with the weights of `model_folder`, and the settings that micro-batches are made by.
 
-
-class PackedModel:
-    """`chunks` on this rank with the weights of `model_folder`, and the settings that micro-batches are made by."""
+    What becomes of the last stage's hidden states is the subclass's to say, in `_score`.
+    """
 
     def __init__(
         self,
@@ -60,7 +49,10 @@ class PackedModel:
         layout: Layout,
         settings: PolicySettings,
         model_folder: str,
+        *,
+        prefix: str = "",
     ):
+        """`model_folder` is a Hugging Face folder or a Megatron checkpoint, in which `prefix` begins the names."""
         actor = settings.actor
         self.facts, self.layout, self.actor = facts, layout, actor
         self.temperature = settings.temperature
@@ -82,32 +74,25 @@ class PackedModel:
         )
         self.sequence_parallel = self.config.sequence_parallel
         self.bare_chunks = build_chunks(facts, self.config, layout, layers, backend)
-        load_weights(self.bare_chunks, model_folder, facts, layout)
+        load_weights(self.bare_chunks, model_folder, facts, layout, prefix)
         wraps = self.dtype != torch.float32
         self.chunks = [Float16Module(self.config, chunk) if wraps else chunk for chunk in self.bare_chunks]
         self._forward_backward = get_forward_backward_func()
 
     # -- scoring ---------------------------------------------------------------------------------------------------
 
-    def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
-        """log pi(token | before) of every response token of `rows`, in nats; None: at the sampling temperature.
-
-        Collective: all ranks, same rows; the result is on every rank.
-        """
-        return self._per_token(rows, self.schedule(rows), lambda batch, scored: scored.logprob_R, temperature)
-
     def _per_token(
         self,
         rows: Sequence[Row],
         schedule: Schedule,
-        value: Callable[[PackedBatch, Scored], Tensor],
+        value: Callable[[PackedBatch, S], Tensor],
         temperature: float | None = None,
     ) -> list[list[float]]:
         """A number [R] for every response token of `rows`, on every rank, from a forward pass. Collective."""
         offsets, total = _offsets(rows)
         flat = torch.zeros(total, dtype=torch.float32, device=self.layout.device)
 
-        def collect(batch: PackedBatch, scored: Scored) -> Tensor:
+        def collect(batch: PackedBatch, scored: S) -> Tensor:
             value_R = value(batch, scored)
             if self.layout.reports_for_replica:
                 parts = value_R.split(batch.response_lengths) if batch.rows else []
@@ -146,12 +131,13 @@ class PackedModel:
         self,
         rows: Sequence[Row],
         schedule: Schedule,
-        loss: LossFunction,
+        loss: Callable[[PackedBatch, S], Tensor],
         *,
         forward_only: bool,
         temperature: float | None = None,
     ) -> None:
-        """Megatron's forward (and backward) schedule over this rank's micro-batches; all ranks call."""
+        """Megatron's forward (and backward) schedule over this rank's micro-batches; all ranks call. `loss` gives that
+        of a micro-batch."""
         mine = schedule[self.layout.dp_rank]
         pad_to = self._padding_multiple(rows, mine)
 
@@ -189,10 +175,6 @@ class PackedModel:
             chunk.set_input_tensor(None)  # else the last message and its gradient stay in memory
         watchdog.beat("after its micro-batches")
 
-    def _head(self, chunk) -> Tensor:
-        """This rank's rows of the head, ready to be computed with."""
-        return _unwrap(chunk).head_weight()
-
     def _padding_multiple(self, rows: Sequence[Row], mine: Sequence[Sequence[int]]) -> int:
         """What the length of a micro-batch is padded to a multiple of. In a pipeline it is one length for all: else
         the stages would have to tell each other the shape of every message, and wait for the device to read it."""
@@ -210,7 +192,9 @@ class PackedModel:
     def _pad_limit(self) -> int | None:
         return self.actor.ppo_max_token_len_per_gpu if self.actor.use_dynamic_bsz else None
 
-    def _forward_step(self, batches: Iterator[PackedBatch], chunk, *, loss: LossFunction, temperature: float):
+    def _forward_step(
+        self, batches: Iterator[PackedBatch], chunk, *, loss: Callable[[PackedBatch, S], Tensor], temperature: float
+    ):
         batch = next(batches)
         keep_dtype = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}  # of Float16Module
         output = chunk(
@@ -233,25 +217,9 @@ class PackedModel:
 
         return output, loss_func
 
-    def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> Scored:
-        """The scored positions of `batch`, from the last stage's hidden states."""
-        group = self.layout.tp_group
-        if self.sequence_parallel:
-            hidden_T1H = tensor_parallel.gather_from_sequence_parallel_region(hidden_T1H, group=group)
-        else:
-            hidden_T1H = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_T1H, group=group)
-        hidden_RH = hidden_T1H.squeeze(1).index_select(0, batch.position_R)
-        head_VH = self._head(chunk)
-        logprob_R, entropy_R = head_logprob(
-            hidden_RH,
-            head_VH,
-            batch.target_R,
-            vocab_size=self.facts.vocab_size,
-            temperature=temperature,
-            chunk_size=self.actor.megatron.logprob_chunk_size,
-            group=group,
-        )
-        return Scored(logprob_R, entropy_R, hidden_RH, head_VH)
+    def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> S:
+        """What the model says of the scored positions of `batch`, from the last stage's hidden states."""
+        raise NotImplementedError
 
 
 def _groups_within(rows: Sequence[Row], budget: int) -> list[list[int]]:
@@ -276,7 +244,8 @@ def _offsets(rows: Sequence[Row]) -> tuple[list[int], int]:
     return offsets, total
 
 
-def _unwrap(module):
+def unwrapped(module):
+    """The model chunk in Megatron's wrappers around it."""
     while hasattr(module, "module"):
         module = module.module
     return module

@@ -12,12 +12,12 @@ from remax_megatron.batching.packed import PackedBatch
 from remax_megatron.batching.schedule import Schedule
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout
-from remax_megatron.policy.packed_model import PackedModel, Scored
+from remax_megatron.policy.language_model import LanguageModel, Scored
 from remax_megatron.policy.settings import PolicySettings
 from remax_megatron.types import Row
 
 
-class Reference(PackedModel):
+class Reference(LanguageModel):
     """Frozen weights in the policy's layout and dtype; with `offload` on the CPU between uses (a GPU setting)."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Reference(PackedModel):
             self._move("cpu")
 
     def logprobs(self, rows: Sequence[Row], temperature: float | None = None) -> list[list[float]]:
-        """See `PackedModel.logprobs`; the weights come to the device for it."""
+        """See `LanguageModel.logprobs`; the weights come to the device for it."""
         with self.on_device():
             return super().logprobs(rows, temperature)
 

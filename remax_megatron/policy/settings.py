@@ -1,4 +1,4 @@
-"""What the policy and its reference are told beside their model and layout."""
+"""What policy, reference and critic are told beside their model and layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 from remax_megatron.algorithm.losses import Clip
 from remax_megatron.algorithm.objective import Objective
-from remax_megatron.config.schema import Actor, Config, RolloutCorrection, importance_of, recompute_of, rejection_of
+from remax_megatron.config.schema import (
+    Actor,
+    Config,
+    RolloutCorrection,
+    critic_as_actor,
+    importance_of,
+    recompute_of,
+    rejection_of,
+)
 from remax_megatron.policy.learning_rate import LearningRate, learning_rate
 from remax_megatron.types import NO_RECOMPUTE, Recompute
 
@@ -33,6 +41,11 @@ class PolicySettings:
             config.algorithm.rollout_correction,
             total_updates,
         )
+
+    @classmethod
+    def of_critic(cls, config: Config, total_updates: int | None = None) -> PolicySettings:
+        """Take the critic's part out of all settings."""
+        return cls(critic_as_actor(config), recompute=recompute_of(config), total_updates=total_updates)
 
     def learning_rate(self) -> LearningRate:
         """The schedule of the learning rate that these settings describe."""

@@ -3,7 +3,7 @@
 Every rank writes blocks of the whole tensors of the weight table: of its tensor-parallel shard of its stages' layers
 the stretch that the distributed optimizer gave it (without one, the first data-parallel rank writes the shard). A
 block is described in the coordinates of the whole tensor at TP 1, so a checkpoint made of them is of no layout and is
-read at any other. The names are Megatron's:
+read at any other. The names are Megatron's, and a critic's stand behind a prefix:
 
     decoder.layers.mlp.linear_fc1.weight                             the weights, in the parameters' type
     optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight     and exp_avg_sq: float32
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from remax_megatron.model.live_weights import table_parameters
 from remax_megatron.parallel import watchdog
-from remax_megatron.policy.policy import Policy
+from remax_megatron.policy.trained_model import TrainedModel
 from remax_megatron.weights.hf_folder import FolderError
 from remax_megatron.weights.mapped import MappedFiles
 from remax_megatron.weights.torch_dist import TorchDist, extra_states, saved_key
@@ -55,12 +55,12 @@ class _Owned:
 
 
 class TrainingState:
-    """Reads and writes the state of `policy`. Neither is collective."""
+    """Reads and writes the state of `model`, whose names in a checkpoint begin with `prefix`. Neither is collective."""
 
-    def __init__(self, policy: Policy):
-        self._policy, self._facts, self._layout = policy, policy.facts, policy.layout
-        self._optimizers = policy.optimizers
-        self._is_distributed = policy.actor.megatron.use_distributed_optimizer
+    def __init__(self, model: TrainedModel, prefix: str = ""):
+        self._model, self._prefix, self._facts, self._layout = model, prefix, model.facts, model.layout
+        self._optimizers = model.optimizers
+        self._is_distributed = model.actor.megatron.use_distributed_optimizer
 
     # -- out -------------------------------------------------------------------------------------------------------
 
@@ -74,13 +74,13 @@ class TrainingState:
             if not self._is_distributed and layout.dp_rank > 0:
                 continue
             key = saved_key(owned.entry)
-            weights = owned.parameter.detach().view(-1)[owned.start : owned.stop]
+            weights = self._model.weights_of(owned.parameter)[owned.start : owned.stop]
             for name, values in {"": weights, **self._optimizer_state(owned)}.items():
-                prefix = f"optimizer.state.{name}." if name else ""
+                kind = f"optimizer.state.{name}." if name else ""
                 for offsets, block in self._blocks(owned, values):
-                    sharded = self._sharded(owned.entry, prefix + key, offsets, block)
+                    sharded = self._sharded(owned.entry, self._prefix + kind + key, offsets, block)
                     blocks[f"{sharded.key}/{sharded.global_offset}"] = sharded
-        if layout.tp_rank == 0 and layout.dp_rank == 0:
+        if layout.tp_rank == 0 and layout.dp_rank == 0 and not self._prefix:
             for name, shape, offset in self._extra_states():
                 blocks[f"{name}/{offset}"] = ShardedObject(name, None, shape, offset)
         return blocks
@@ -130,11 +130,11 @@ class TrainingState:
         for owned, _ in self._owned():
             watchdog.beat(f"reading the state of {owned.entry.hf_names[0]}")
             for name, values in self._optimizer_state(owned).items():
-                key = f"optimizer.state.{name}.{saved_key(owned.entry)}"
+                key = f"{self._prefix}optimizer.state.{name}.{saved_key(owned.entry)}"
                 self._check(stored, folder, owned.entry, key)
                 values.copy_(self._read(stored, files, owned, key))
             _set_step(owned.adam, owned.main, num_updates)
-        self._policy.num_updates = num_updates
+        self._model.num_updates = num_updates
 
     def _check(self, stored: TorchDist, folder: str | Path, entry: WeightEntry, key: str) -> None:
         layers = () if entry.layer is None else (self._facts.num_layers,)
@@ -165,7 +165,7 @@ class TrainingState:
     def _owned(self) -> Iterator[tuple[_Owned, bool]]:
         """What this rank holds, with True for the last stage's copy of a tied embedding."""
         layout, facts = self._layout, self._facts
-        parameters = [table_parameters(chunk) for chunk in self._policy.bare_chunks]
+        parameters = [table_parameters(chunk) for chunk in self._model.bare_chunks]
         for entry in weight_table(facts):
             rank, chunk, name = owner(entry, facts.num_layers, layout.pp, layout.vpp)
             if rank == layout.pp_rank:
@@ -190,7 +190,7 @@ class TrainingState:
         state = _adam_state(owned.adam, owned.main)
         masters = {} if owned.parameter.dtype == torch.float32 else {MASTER: owned.main}
         tensors = {**masters, **{name: state[name] for name in MOMENTS}}
-        return {name: self._policy.optimizer_state(values).detach().view(-1) for name, values in tensors.items()}
+        return {name: self._model.optimizer_state(values).detach().view(-1) for name, values in tensors.items()}
 
     def _width(self, owned: _Owned) -> int:
         """Columns of the shard; a vector has one."""

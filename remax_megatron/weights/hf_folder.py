@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -389,12 +389,22 @@ def write_hf_folder(
     tensors: Iterable[tuple[str, Tensor]],
     source: str | Path,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    facts: ModelFacts | None = None,
+    change_config: Callable[[bytes], bytes] = bytes,
 ) -> Path:
     """Write `tensors` as sharded safetensors with an index, and the side files of `source`, then rename into place.
 
     Streams: each tensor goes to its place and is forgotten. An existing `folder` is replaced at the end.
+
+    folder           to write
+    tensors          (Hugging Face name, whole tensor)
+    source           a model's folder
+    max_shard_bytes  of a file
+    facts            of the model that is written, None: of `source`
+    change_config    makes its config.json of that in `source`
     """
-    facts = ModelFacts.from_folder(source)
+    facts = facts or ModelFacts.from_folder(source)
     layout, files, dtype = None, {}, None
     missing = set(expected_shapes(facts))
     with replacing_folder(folder) as aside:
@@ -415,7 +425,7 @@ def write_hf_folder(
                 open_file.close()
         assert layout is not None and not missing, f"tensors that nobody sent: {sorted(missing)[:3]}"
         for name, data in side_files(source, dtype).items():
-            (aside / name).write_bytes(data)
+            (aside / name).write_bytes(change_config(data) if name == "config.json" else data)
         if layout.index is not None:
             (aside / INDEX).write_text(layout.index)
     return Path(folder)

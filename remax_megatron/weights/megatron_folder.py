@@ -69,11 +69,12 @@ def weights_folder(folder: str | Path) -> Path:
 class MegatronWeights:
     """The weights of a Megatron checkpoint under their Hugging Face names, read where they lie.
 
-    FolderError when tensors are missing, extra or misshapen for a model of `facts`.
+    `prefix` begins the names of the model's tensors where the checkpoint holds another model as well. FolderError when
+    tensors are missing, extra or misshapen for a model of `facts`.
     """
 
-    def __init__(self, folder: str | Path, facts: ModelFacts):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, facts: ModelFacts, prefix: str = ""):
+        self.folder, self._prefix = Path(folder), prefix
         self._stored = TorchDist(checkpoint_folder(folder))
         self._maps = MappedFiles()
         self._shapes = expected_shapes(facts)
@@ -84,12 +85,12 @@ class MegatronWeights:
                 by_name[run.hf_name].append((run.hf_row, run.megatron_row, run.num_rows))
             for name, runs in by_name.items():
                 self._made_of[name] = entry, [(row, count) for _, row, count in sorted(runs)]
-        self._stacked = not any(key.startswith("decoder.layers.0.") for key in self._stored.tensors)
+        self._stacked = not any(key.startswith(f"{prefix}decoder.layers.0.") for key in self._stored.tensors)
         self._check(facts)
 
     def _key(self, entry: WeightEntry) -> tuple[str, int | None]:
         """(key, layer within it): the layers lie stacked in one tensor, or each under its own number."""
-        key = saved_key(entry)
+        key = self._prefix + saved_key(entry)
         if entry.layer is None or self._stacked:
             return key, entry.layer
         return key.replace("decoder.layers.", f"decoder.layers.{entry.layer}."), None
@@ -109,7 +110,8 @@ class MegatronWeights:
                 raise FolderError(
                     f"{self._stored.folder}: {key} has shape {found}, config.json says {expected[key]}; {OTHER_CONFIG}"
                 )
-        ours = {key for key in tensors if key.startswith(MODEL_PREFIXES) and not key.endswith("_extra_state")}
+        parts = tuple(self._prefix + part for part in MODEL_PREFIXES)
+        ours = {key for key in tensors if key.startswith(parts) and not key.endswith("_extra_state")}
         if extra := sorted(ours - expected.keys()):
             raise FolderError(
                 f"{self._stored.folder}: {len(extra)} tensors do not belong to the model of config.json, "
@@ -179,10 +181,13 @@ class MegatronWeights:
         return torch.frombuffer(data, dtype=self.dtype(name)).reshape(self._shapes[name])
 
 
-def open_weights(folder: str | Path, facts: ModelFacts) -> HfWeights | MegatronWeights:
-    """The weights in `folder`, of either kind, checked against `facts`. FolderError when they do not fit."""
+def open_weights(folder: str | Path, facts: ModelFacts, prefix: str = "") -> HfWeights | MegatronWeights:
+    """The weights in `folder`, of either kind, checked against `facts`. FolderError when they do not fit.
+
+    `prefix` is that of the model's names in a Megatron checkpoint that holds two.
+    """
     if is_megatron_folder(folder):
-        return MegatronWeights(folder, facts)
+        return MegatronWeights(folder, facts, prefix)
     weights = HfWeights(folder)
     check_folder(weights, facts)
     return weights

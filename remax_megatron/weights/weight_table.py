@@ -25,6 +25,8 @@ VOCAB_MULTIPLE = 128
 EMBEDDING = "embedding.word_embeddings.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 HEAD = "output_layer.weight"
+# A critic's: under Hugging Face's names for a model that classifies tokens, with one class.
+VALUE_HEAD = {"output_layer.weight": "score.weight", "output_layer.bias": "score.bias"}
 # What Transformer Engine's layers, which fuse a norm into the linear behind it, call two parameters of the table. In
 # Megatron's checkpoints these are the names under either kind of layers (`sharded_state_dict_keys_map`).
 TE_NAMES = {
@@ -50,7 +52,9 @@ class WeightEntry:
 
 
 def weight_table(facts: ModelFacts) -> list[WeightEntry]:
-    """Every distinct tensor, in the order of the forward pass. With tied embeddings there is no output_layer."""
+    """Every distinct tensor, in the order of the forward pass. With tied embeddings there is no output_layer.
+
+    A critic's output layer gives one value; no rank has a part of it."""
     hidden, ffn = facts.hidden_size, facts.ffn_hidden_size
     q_rows, kv_rows = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
     vocab = ((facts.vocab_size, hidden),)
@@ -89,7 +93,10 @@ def weight_table(facts: ModelFacts) -> list[WeightEntry]:
             in_layer = tuple(f"model.layers.{layer}.{hf_name}" for hf_name in hf_names)
             entries.append(WeightEntry(f"decoder.layers.{{layer}}.{name}", kind, in_layer, hf_shapes, layer))
     entries.append(WeightEntry(FINAL_NORM, "replicated", ("model.norm.weight",), norm))
-    if not facts.tied_embeddings:
+    if facts.value_head:
+        for (name, hf_name), shape in zip(VALUE_HEAD.items(), ((1, hidden), (1,)), strict=True):
+            entries.append(WeightEntry(name, "replicated", (hf_name,), (shape,)))
+    elif not facts.tied_embeddings:
         entries.append(WeightEntry(HEAD, "vocab", ("lm_head.weight",), vocab))
     return entries
 

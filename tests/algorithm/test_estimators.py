@@ -91,8 +91,8 @@ def test_too_few_answers_are_refused() -> None:
 
 
 def test_unknown_options_are_refused() -> None:
-    with pytest.raises(AssertionError, match="gae"):
-        get_estimator("gae")
+    with pytest.raises(AssertionError, match="opo"):
+        get_estimator("opo")
     for temperature in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(AssertionError, match=str(temperature)):
             get_estimator("reward_softmax", temperature=temperature)
@@ -100,6 +100,7 @@ def test_unknown_options_are_refused() -> None:
             effective_sample_size(REWARDS, temperature)
     assert [get_estimator(name).name for name in NAMES] == list(NAMES)
     assert [name for name in NAMES if get_estimator(name).needs_greedy] == ["remax"]
+    assert [name for name in NAMES if get_estimator(name).needs_critic] == ["gae"]
 
 
 def test_variances_of_the_other_estimators() -> None:

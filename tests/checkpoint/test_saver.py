@@ -93,7 +93,7 @@ def train(payload, device, layers: str = LAYERS) -> list[tuple[float, float]]:
     training_state = TrainingState(policy)
     if payload["done"]:
         training_state.load_optimizer(start, payload["done"])
-    saver = Saver(payload["root"], training_state, layout, {}, keep=9, in_background=payload["background"])
+    saver = Saver(payload["root"], [training_state], layout, {}, keep=9, in_background=payload["background"])
     if payload["done"]:  # what was loaded, written at once
         saver.save(state(payload["done"]), in_background=False)
     found = []
@@ -337,7 +337,7 @@ def filling_worker(payload) -> list[str]:
     actor.megatron.dtype, actor.megatron.layers = "float32", LAYERS
     policy = Policy(facts, layout, PolicySettings(actor), payload["model"])
     module.ROOM_FOR_INDEX = 0  # a small disk and a small model
-    saver = module.Saver(payload["root"], TrainingState(policy), layout, {}, keep=9, in_background=False)
+    saver = module.Saver(payload["root"], [TrainingState(policy)], layout, {}, keep=9, in_background=False)
     saver.save(state(1))
     said = []
     if layout.rank == 0:

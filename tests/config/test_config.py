@@ -19,7 +19,16 @@ from remax_megatron.config.load import list_presets, load_config, nearest_keys, 
 from remax_megatron.config.model_path import resolve_model_facts
 from remax_megatron.config.rules import validate, validate_files
 from remax_megatron.config.rules.registry import RULES, Setup
-from remax_megatron.config.schema import SETTINGS, Config, ConfigError, recompute_of
+from remax_megatron.config.schema import (
+    SETTINGS,
+    Actor,
+    Config,
+    ConfigError,
+    critic_as_actor,
+    has_critic,
+    recompute_of,
+    skips_zero_advantage,
+)
 from remax_megatron.config.setting import set_value, value_of
 from remax_megatron.demo import prepare
 from remax_megatron.demo.model_config import MODEL_CONFIG, MODEL_CONFIGS
@@ -55,6 +64,7 @@ MEGATRON = f"{ACTOR}.megatron"
 RECOMPUTE = f"{MEGATRON}.override_transformer_config"
 CORRECTION = "algorithm.rollout_correction"
 ROLLOUT = "actor_rollout_ref.rollout"
+GAE = "algorithm.adv_estimator=gae"
 REJECTS = [f"{CORRECTION}.rollout_rs=geometric", f"{CORRECTION}.rollout_rs_threshold=0.99_1.01"]
 
 
@@ -406,7 +416,20 @@ def test_what_is_no_mapping_is_refused(override, words):
             None,
         ),
         (f"{MEGATRON}.grad_offload=True", "no effect: the run is on the CPU", f"{MEGATRON}.grad_offload", True),
-        ("trainer.critic_warmup=5", "ReMax has no critic", "trainer.critic_warmup", 5),
+        (
+            "critic.megatron.sequence_parallel=True",
+            "critic.megatron.sequence_parallel=True is treated as False",
+            "critic.megatron.sequence_parallel",
+            False,
+        ),
+        (
+            "critic.megatron.virtual_pipeline_model_parallel_size=1",
+            "critic.megatron.virtual_pipeline_model_parallel_size=1 is treated as null",
+            "critic.megatron.virtual_pipeline_model_parallel_size",
+            None,
+        ),
+        ("trainer.critic_warmup=5", "adv_estimator=remax has no critic", "trainer.critic_warmup", 5),
+        ("critic.model.path=~/c", "remax has no critic", "critic.model.path", str(Path("~/c").expanduser())),
         (f"{ACTOR}.ppo_micro_batch_size_per_gpu=4", "packs by tokens", f"{ACTOR}.ppo_micro_batch_size_per_gpu", 4),
         (f"{ROLLOUT}.val_kwargs.temperature=0.6", "is greedy", f"{ROLLOUT}.val_kwargs.temperature", 0.6),
         (f"{ROLLOUT}.val_kwargs.top_p=0.7", "is greedy", f"{ROLLOUT}.val_kwargs.top_p", 0.7),
@@ -451,6 +474,88 @@ def test_offload_on_cuda_is_allowed_without_remark():
     assert check(f"{MEGATRON}.optimizer_offload=True", preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"]) == []
 
 
+# The critic ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [f"{ROLLOUT}.n=1"],
+        ["algorithm.gamma=0.99", "algorithm.lam=0.95"],
+        ["algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=full"],
+        ["critic.model.path=critic", "critic.optim.lr=2e-5", "critic.ppo_mini_batch_size=16", "critic.ppo_epochs=2"],
+        ["critic.megatron.tensor_model_parallel_size=2", "critic.megatron.pipeline_model_parallel_size=1"],
+        ["trainer.critic_warmup=4", "trainer.total_training_steps=5"],
+    ],
+)
+def test_ppo_is_valid(overrides):
+    assert check(GAE, *overrides) == []
+    assert has_critic(quick_config("demo", [GAE])) and not has_critic(preset_config("demo"))
+
+
+def test_the_critic_is_trained_as_the_actor_is_but_for_its_own_settings():
+    base = [f"{ACTOR}.ppo_mini_batch_size=32", f"{ACTOR}.ppo_epochs=3", f"{ACTOR}.loss_agg_mode=seq-mean-token-sum"]
+    base += [f"{ACTOR}.ppo_max_token_len_per_gpu=4096", f"{MEGATRON}.optimizer_offload=True"]
+
+    def critic(*overrides: str) -> Actor:
+        return critic_as_actor(quick_config("demo", [*base, *overrides]))
+
+    same = critic()
+    assert (same.optim.lr, same.optim.weight_decay, same.loss_agg_mode) == (1e-5, 0.01, "token-mean")
+    assert (same.ppo_mini_batch_size, same.ppo_epochs, same.ppo_max_token_len_per_gpu) == (32, 3, 4096)
+    assert same.megatron == quick_config("demo", base).actor_rollout_ref.actor.megatron
+    own = [f"critic.{one}" for one in ("optim.lr=3e-5", "ppo_mini_batch_size=16", "ppo_epochs=1")]
+    own += [f"critic.{one}" for one in ("ppo_max_token_len_per_gpu=8192", "ppo_micro_batch_size_per_gpu=2")]
+    other = critic(*own, "critic.megatron.optimizer_offload=False", "critic.megatron.param_offload=True")
+    assert (other.optim.lr, other.ppo_mini_batch_size, other.ppo_epochs) == (3e-5, 16, 1)
+    assert (other.ppo_max_token_len_per_gpu, other.ppo_micro_batch_size_per_gpu) == (8192, 2)
+    assert (other.megatron.optimizer_offload, other.megatron.param_offload) == (False, True)
+    assert other.megatron.tensor_model_parallel_size == 2
+
+
+def test_no_row_is_skipped_beside_a_critic():
+    assert skips_zero_advantage(preset_config("demo")) and not skips_zero_advantage(quick_config("demo", [GAE]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remark"),
+    [
+        (["algorithm.lam=0.95"], "algorithm.lam=0.95 has no effect: algorithm.adv_estimator=remax has no critic"),
+        (
+            ["algorithm.adv_estimator=rloo", "trainer.critic_warmup=2", "critic.optim.lr=1e-6"],
+            "trainer.critic_warmup=2, critic.optim.lr=1e-06 have no effect: algorithm.adv_estimator=rloo has no critic",
+        ),
+        (
+            [GAE, "critic.megatron.param_offload=True", "critic.megatron.grad_offload=True"],
+            "critic.megatron.{param_offload,grad_offload}=True has no effect: the run is on the CPU",
+        ),
+        (
+            [GAE, "critic.ppo_micro_batch_size_per_gpu=4"],
+            "critic.ppo_micro_batch_size_per_gpu=4 has no effect: use_dynamic_bsz=True packs by tokens",
+        ),
+        ([GAE, "critic.optim.min_lr=1e-7"], "critic.optim.min_lr=1e-07 has no effect: lr_decay_style=constant"),
+    ],
+)
+def test_settings_of_the_critic_that_have_no_effect(overrides, remark):
+    assert check(*overrides) == [remark]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], "has no effect: the canary"),
+        ([GAE], "acts on the critic alone: the canary"),
+        ([GAE, "critic.megatron.param_offload=False"], "has no effect: the canary"),
+    ],
+)
+def test_weights_that_are_offloaded_on_a_gpu(overrides, words):
+    notes = check(f"{MEGATRON}.param_offload=True", *overrides, preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"])
+    assert len(notes) == 1 and notes[0].startswith(f"{MEGATRON}.param_offload=True {words}")
+    alone = [GAE, "critic.megatron.param_offload=True"]
+    assert check(*alone, preset="qwen2_5_7b", model=MODELS["qwen2_5_7b"]) == []
+
+
 # Rules ---------------------------------------------------------------------------------------------------------------
 
 BROKEN = {
@@ -458,7 +563,7 @@ BROKEN = {
     "device": (["trainer.device=tpu"], ["trainer.device=tpu", "auto, cuda, cpu"]),
     "resume": (["trainer.resume_mode=always"], ["resume_mode=always", "auto, disable, path"]),
     "resume path": (["trainer.resume_mode=path"], ["path needs trainer.resume_from_path", "resume_mode=auto"]),
-    "estimator": (["algorithm.adv_estimator=gae"], ["adv_estimator=gae", "remax, rloo, grpo, reinforce"]),
+    "estimator": (["algorithm.adv_estimator=ppo"], ["adv_estimator=ppo", "remax, rloo, grpo, reinforce, gae"]),
     "fsdp": ([f"{ACTOR}.strategy=fsdp"], ["strategy=fsdp", "set it to megatron", "fsdp_config"]),
     "loss mode": ([f"{ACTOR}.loss_agg_mode=batch-mean"], ["loss_agg_mode=batch-mean", "token-mean"]),
     "engine": ([f"{ROLLOUT}.name=sglang"], ["rollout.name=sglang", "vllm"]),
@@ -510,7 +615,57 @@ BROKEN = {
         [f"{ACTOR}.optim.lr_decay_style=cosine", f"{ACTOR}.optim.lr_decay_steps=5", f"{ACTOR}.optim.lr_warmup_steps=5"],
         ["lr_decay_steps=5 counts the warmup", "lr_warmup_steps=5", "or to null"],
     ),
-    "gamma": (["algorithm.gamma=0.99"], ["gamma=0.99", "algorithm.gamma=1.0"]),
+    "gamma": (
+        ["algorithm.gamma=0.99"],
+        ["gamma=0.99 with algorithm.adv_estimator=remax", "algorithm.gamma=1.0, or algorithm.adv_estimator=gae"],
+    ),
+    "gamma of nothing": ([GAE, "algorithm.gamma=0"], ["algorithm.gamma=0", "greater than 0 and at most 1"]),
+    "lambda": ([GAE, "algorithm.lam=1.1"], ["algorithm.lam=1.1 is out of range", "between 0 and 1"]),
+    "value clip": ([GAE, "critic.cliprange_value=0"], ["critic.cliprange_value=0", "greater than 0"]),
+    "critic's loss mode": ([GAE, "critic.loss_agg_mode=mean"], ["critic.loss_agg_mode=mean", "token-mean"]),
+    "critic's tp": (
+        [GAE, "critic.megatron.tensor_model_parallel_size=1"],
+        [
+            f"critic.megatron.tensor_model_parallel_size=1 is not {MEGATRON}.tensor_model_parallel_size=2: the critic",
+            "set critic.megatron.tensor_model_parallel_size=null",
+        ],
+    ),
+    "critic's vpp": (
+        [GAE, "critic.megatron.virtual_pipeline_model_parallel_size=2"],
+        [f"size=2 is not {MEGATRON}.virtual_pipeline_model_parallel_size=null", "parallel_size=null"],
+    ),
+    "critic's mini-batch": (
+        [GAE, "critic.ppo_mini_batch_size=48"],
+        ["critic.ppo_mini_batch_size=48 does not divide data.train_batch_size=64", "set critic.ppo_mini_batch_size=64"],
+    ),
+    "critic's budget": (
+        [GAE, "critic.ppo_max_token_len_per_gpu=60"],
+        ["critic.ppo_max_token_len_per_gpu=60 is below", "set critic.ppo_max_token_len_per_gpu to at least 80"],
+    ),
+    "critic's budget tp": (
+        [GAE, "critic.ppo_max_token_len_per_gpu=4095", "critic.megatron.sequence_parallel=True"],
+        ["critic.ppo_max_token_len_per_gpu=4095 is not a multiple", "tensor_model_parallel_size=2", "4096"],
+    ),
+    "critic's rate that rises": (
+        [GAE, "critic.optim.lr_decay_style=linear", "critic.optim.min_lr=1e-4"],
+        ["critic.optim.min_lr=0.0001 is above critic.optim.lr=1e-05", "min_lr to at most 1e-05"],
+    ),
+    "critic's warmup to the end": (
+        [GAE, "trainer.critic_warmup=5", "trainer.total_training_steps=5"],
+        ["critic_warmup=5 leaves the policy none of the trainer.total_training_steps=5", "at most 4"],
+    ),
+    "gae with another sum of the kl": (
+        [GAE, "algorithm.use_kl_in_reward=True", "algorithm.kl_reward_mode=one_step"],
+        ["kl_reward_mode=one_step with algorithm.adv_estimator=gae", "gamma and lam", "kl_reward_mode=to_go"],
+    ),
+    "skip with a critic": (
+        [GAE, f"{ACTOR}.skip_zero_advantage=True"],
+        ["skip_zero_advantage=True with algorithm.adv_estimator=gae", "every row", "skip_zero_advantage=null"],
+    ),
+    "refill with a critic": (
+        [GAE, "algorithm.refill=True"],
+        ["refill=True with algorithm.adv_estimator=gae", "refill=False", "remax, rloo or grpo"],
+    ),
     "one answer": (["algorithm.adv_estimator=rloo", f"{ROLLOUT}.n=1"], ["rollout.n=1", "rloo", "at least 2"]),
     "skip kl": (
         [f"{ACTOR}.skip_zero_advantage=True", f"{ACTOR}.use_kl_loss=True"],
@@ -937,7 +1092,7 @@ def test_help_teaches():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["lr=1"], "did you mean actor_rollout_ref.actor.optim.lr?"),
+        (["lr=1"], "did you mean actor_rollout_ref.actor.optim.lr or critic.optim.lr?"),
         (["trainer.seed=abc"], "an integer"),
         ([f"{ACTOR}.ppo_max_token_len_per_gpu=60"], "at least 80"),
         (["actor_rollout_ref.model.path=/nowhere/model"], "no such folder"),

@@ -106,9 +106,11 @@ def test_a_resumed_run_may_change_how_it_is_computed_and_not_what():
         return SETTINGS[key].on_resume
 
     megatron = "actor_rollout_ref.actor.megatron"
-    for key in ("trainer.total_epochs", f"{megatron}.tensor_model_parallel_size", "data.train_files"):
+    changing = ("trainer.total_epochs", "data.train_files", "critic.ppo_max_token_len_per_gpu")
+    for key in (*changing, f"{megatron}.tensor_model_parallel_size", "critic.megatron.param_offload"):
         assert on_resume(key) == MAY_CHANGE
-    for key in ("trainer.seed", f"{megatron}.dtype", "data.train_batch_size", "algorithm.kl_ctrl.horizon"):
+    matching = ("trainer.seed", "trainer.critic_warmup", "data.train_batch_size", "algorithm.kl_ctrl.horizon")
+    for key in (*matching, f"{megatron}.dtype", "critic.optim.lr", "critic.model.path"):
         assert on_resume(key) == MUST_MATCH
 
 

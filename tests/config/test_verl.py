@@ -6,9 +6,21 @@ import pytest
 
 from remax_megatron.config import docs
 from remax_megatron.config.load import load_config
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, SETTINGS, ConfigError
+from remax_megatron.config.schema import ACTOR, CRITIC_MEGATRON, MEGATRON, ROLLOUT, SETTINGS, ConfigError
 from remax_megatron.config.setting import value_of
-from remax_megatron.config.verl import MODEL, OPTIM, REF, TABLE, TRANSFORMER, Ignored, ReadAs, Refused, fate_of
+from remax_megatron.config.verl import (
+    CRITIC_MODEL,
+    CRITIC_OPTIM,
+    MODEL,
+    OPTIM,
+    REF,
+    TABLE,
+    TRANSFORMER,
+    Ignored,
+    ReadAs,
+    Refused,
+    fate_of,
+)
 
 # All keys of verl's examples for GSM8K (0.1 to 0.7) with ReMax, and with GRPO, RLOO and PPO on Megatron, each with a
 # value that one of them gives it.
@@ -36,7 +48,12 @@ trainer.critic_warmup=0 trainer.logger=["console","wandb"] trainer.project_name=
 trainer.experiment_name='qwen2.5_7b_function_rm_kl1e-3' trainer.val_before_train=False trainer.n_gpus_per_node=8
 trainer.nnodes=1 trainer.save_freq=-1 trainer.test_freq=5 trainer.total_epochs=10 trainer.total_training_steps=6
 trainer.profile_steps=[1,2,5] trainer.default_local_dir=ckpts trainer.resume_mode=auto
-trainer.rollout_data_dir=rollouts trainer.device=cuda
+trainer.rollout_data_dir=rollouts trainer.device=cuda algorithm.gamma=1.0 algorithm.lam=0.95 {CRITIC_OPTIM}.lr=1e-5
+{CRITIC_OPTIM}.lr_warmup_steps_ratio=0.05 {CRITIC_OPTIM}.weight_decay=0.01 {CRITIC_MODEL}.path=Qwen/Qwen2-7B-Instruct
+critic.ppo_micro_batch_size_per_gpu=4 critic.ppo_max_token_len_per_gpu=24576 critic.cliprange_value=0.5
+critic.loss_agg_mode=token-mean {CRITIC_MEGATRON}.tensor_model_parallel_size=2
+{CRITIC_MEGATRON}.pipeline_model_parallel_size=2 {CRITIC_MEGATRON}.virtual_pipeline_model_parallel_size=2
+{CRITIC_MEGATRON}.param_offload=True {CRITIC_MEGATRON}.grad_offload=True {CRITIC_MEGATRON}.optimizer_offload=True
 """.split()
 READ = {
     f"{ACTOR}.grad_clip=0.7": {f"{OPTIM}.clip_grad": 0.7},
@@ -63,6 +80,12 @@ READ = {
     "reward_model.num_workers=8": {"reward.num_workers": 8},
     "reward.custom_reward_function.path=r.py": {"custom_reward_function.path": "r.py"},
     "global_profiler.steps=[1,2]": {"trainer.profile_steps": [1, 2]},
+    "critic.grad_clip=0.7": {f"{CRITIC_OPTIM}.clip_grad": 0.7},
+    f"{CRITIC_OPTIM}.betas=[0.9,0.95]": {f"{CRITIC_OPTIM}.beta1": 0.9, f"{CRITIC_OPTIM}.beta2": 0.95},
+    f"{CRITIC_OPTIM}.warmup_style=cosine": {f"{CRITIC_OPTIM}.lr_decay_style": "cosine"},
+    f"{CRITIC_MODEL}.fsdp_config.param_offload=True": {f"{CRITIC_MEGATRON}.param_offload": True},
+    f"{CRITIC_MODEL}.fsdp_config.grad_offload=False": {f"{CRITIC_MEGATRON}.grad_offload": False},
+    f"{CRITIC_MODEL}.fsdp_config.optimizer_offload=True": {f"{CRITIC_MEGATRON}.optimizer_offload": True},
 }
 NOTED = f"""
 data.return_raw_chat=True {ACTOR}.shuffle=False {ACTOR}.use_torch_compile=False {MODEL}.use_fused_kernels=True
@@ -91,26 +114,26 @@ data.return_raw_chat=True {ACTOR}.shuffle=False {ACTOR}.use_torch_compile=False 
 {ROLLOUT}.profile_discrete=True {ROLLOUT}.engine_kwargs.sglang.attention_backend=flashinfer
 {ROLLOUT}.engine_kwargs.sglang.disable_cuda_graph=False {ROLLOUT}.engine_kwargs.sglang.ep_size=16
 {ROLLOUT}.engine_kwargs.vllm.compilation_config.cudagraph_capture_sizes=[4,8]
-{ROLLOUT}.engine_kwargs.vllm.compilation_config.cudagraph_mode=FULL_DECODE_ONLY algorithm.lam=0.95
+{ROLLOUT}.engine_kwargs.vllm.compilation_config.cudagraph_mode=FULL_DECODE_ONLY
 {MODEL}.lora.rank=0 {MODEL}.lora.alpha=32 trainer.balance_batch=True trainer.log_val_generations=1
 model_engine=megatron ray_kwargs.ray_init.runtime_env.env_vars.TRANSFER_QUEUE_ENABLE=1 reward_model.enable=False
 trainer.default_hdfs_dir=null {ACTOR}.clip_ratio._target_=x {ACTOR}.optim.lr_wsd_decay_steps=5
+trainer.max_critic_ckpt_to_keep=1 critic.enable=True critic.strategy=megatron critic.use_dynamic_bsz=True
+critic.shuffle=False critic.rollout_n=5 critic.forward_micro_batch_size_per_gpu=8 critic.load_weight=True
+critic.forward_max_token_len_per_gpu=99 critic.ulysses_sequence_parallel_size=1 critic.nccl_timeout=600
+critic.data_loader_seed=42
+critic.checkpoint.async_save=False critic.profiler.tool_config.nsys.discrete=True critic.profile_ranks=[0,4]
+{CRITIC_OPTIM}.total_training_steps=-1 {CRITIC_OPTIM}.override_optimizer_config.optimizer_cpu_offload=True
+{CRITIC_MODEL}.enable_gradient_checkpointing=False {CRITIC_MODEL}.use_remove_padding=True {CRITIC_MODEL}.use_rmpad=True
+{CRITIC_MODEL}.trust_remote_code=False {CRITIC_MODEL}.tokenizer_path=t {CRITIC_MODEL}.external_lib=null
+{CRITIC_MODEL}.override_config.moe_config.freeze_moe_router=False {CRITIC_MODEL}.lora_rank=0
+{CRITIC_MODEL}.lora.alpha=32
+{CRITIC_MODEL}.enable_activation_offload=True {CRITIC_MODEL}.use_shm=False {CRITIC_MODEL}.fsdp_config.fsdp_size=-1
+{CRITIC_MEGATRON}.context_parallel_size=1 {CRITIC_MEGATRON}.expert_model_parallel_size=1 {CRITIC_MEGATRON}.seed=42
+{CRITIC_MEGATRON}.use_mbridge=True {CRITIC_MEGATRON}.override_transformer_config.recompute_method=null
+{CRITIC_MEGATRON}.override_ddp_config.overlap_grad_reduce=True {CRITIC_MEGATRON}.dtype=bfloat16
 """.split()
 REFUSED = {  # an override: words of the one line that refuses it
-    "critic.optim.lr=1e-5": "PPO's critic is not offered yet",
-    "critic.optim.lr_warmup_steps_ratio=0.05": "PPO's critic",
-    "critic.model.path=Qwen/Qwen2-7B-Instruct": "PPO's critic",
-    "critic.model.enable_gradient_checkpointing=False": "leave critic.* out",
-    "critic.model.use_remove_padding=True": "PPO's critic",
-    "critic.model.use_rmpad=True": "PPO's critic",
-    "critic.model.trust_remote_code=True": "PPO's critic",
-    "critic.model.fsdp_config.param_offload=False": "PPO's critic",
-    "critic.ppo_micro_batch_size_per_gpu=4": "PPO's critic",
-    "critic.ppo_max_token_len_per_gpu=24576": "PPO's critic",
-    "critic.use_dynamic_bsz=True": "adv_estimator of remax, rloo or grpo",
-    "critic.megatron.tensor_model_parallel_size=2": "PPO's critic",
-    "critic.megatron.dist_checkpointing_path=d": "PPO's critic",
-    "critic.profile_ranks=[0,4]": "PPO's critic",
     "reward_model.enable=True": "custom_reward_function.path",
     "reward_model.model.path=x": "custom_reward_function.path",
     "reward_model.micro_batch_size=16": "custom_reward_function.path",
@@ -142,7 +165,22 @@ REFUSED = {  # an override: words of the one line that refuses it
     "algorithm.rollout_correction.rollout_is_batch_normalize=True": "leave it out",
     "algorithm.rollout_correction.rollout_rs_threshold_lower=0.5": "rollout_rs_threshold=LOWER_UPPER; leave it out",
     "model_engine=dp": "set it to megatron",
-    "critic=5": "PPO's critic",
+    # and of the critic
+    "critic.strategy=fsdp": "set it to megatron",
+    "critic.shuffle=True": "set it to False",
+    "critic.ppo_micro_batch_size=256": "set critic.ppo_micro_batch_size_per_gpu",
+    "critic.ulysses_sequence_parallel_size=2": "set it to 1",
+    "critic.load_weight=False": "set it to True",
+    f"{CRITIC_OPTIM}.min_lr_ratio=0.1": f"set {CRITIC_OPTIM}.min_lr",
+    f"{CRITIC_OPTIM}.total_training_steps=100": f"set {CRITIC_OPTIM}.lr_decay_steps",
+    f"{CRITIC_OPTIM}.warmup_style=step": f"set {CRITIC_OPTIM}.lr_decay_style to one of constant, cosine",
+    f"{CRITIC_MODEL}.use_remove_padding=False": "set it to True",
+    f"{CRITIC_MODEL}.trust_remote_code=True": "never executed; set it to False",
+    f"{CRITIC_MODEL}.override_config.attention_dropout=0.1": f"config.json says; change that in {CRITIC_MODEL}.path",
+    f"{CRITIC_MODEL}.lora.rank=16": "LoRA is not offered",
+    f"{CRITIC_MEGATRON}.dist_checkpointing_path=d": f"set that: {CRITIC_MODEL}.path",
+    f"{CRITIC_MEGATRON}.context_parallel_size=2": "set it to 1",
+    f"{CRITIC_MEGATRON}.expert_model_parallel_size=8": "no experts; set it to 1",
 }
 
 
@@ -180,18 +218,18 @@ def test_keys_that_are_refused_say_what_to_do(override):
 
 def test_presets_may_have_verl_s_keys(tmp_path):
     (tmp_path / "mine.yaml").write_text(
-        "defaults: [qwen2_5_7b, _self_]\ntrainer.balance_batch: true\nalgorithm: {lam: 1.0}\ncritic:\n"
+        "defaults: [qwen2_5_7b, _self_]\ntrainer.balance_batch: true\ncritic:\n  enable: true\n"
         "actor_rollout_ref:\n  actor:\n    _target_: x\n    grad_clip: 0.5\n    policy_loss: {loss_mode: vanilla}\n"
     )
     loaded = load_config("mine", [f"{ACTOR}.policy_loss=reinforce"], tmp_path)
     actor = loaded.config.actor_rollout_ref.actor
     assert (actor.optim.clip_grad, actor.policy_loss) == (0.5, "reinforce")
     assert {note.partition("=")[0] for note in loaded.notes} == {
-        *("trainer.balance_batch", "algorithm.lam", "critic"),
+        *("trainer.balance_batch", "critic.enable"),
         *(f"{ACTOR}.{name}" for name in ("_target_", "grad_clip", "policy_loss.loss_mode")),
     }
-    (tmp_path / "mine.yaml").write_text("defaults: [demo, _self_]\ncritic: {optim: {lr: 1}}\n")
-    with pytest.raises(ConfigError, match=r"critic.optim.lr=1 \(in the preset mine\) is refused: PPO's critic"):
+    (tmp_path / "mine.yaml").write_text("defaults: [demo, _self_]\ncritic: {strategy: fsdp}\n")
+    with pytest.raises(ConfigError, match=r"critic.strategy=fsdp \(in the preset mine\) is refused: the critic is"):
         load_config("mine", config_dir=tmp_path)
 
 
@@ -203,11 +241,20 @@ def test_a_key_and_what_it_stands_for_must_agree():
 
 
 def test_the_longest_entry_counts():
-    assert isinstance(fate_of("critic.enable"), Refused) and fate_of("critic.enable").unless == (False,)
+    assert isinstance(fate_of("critic.enable"), Ignored) and fate_of("critic.enabled") is None
     assert isinstance(fate_of(f"{ROLLOUT}.engine_kwargs.vllm.compilation_config.level"), Ignored)
     assert isinstance(fate_of(f"{ROLLOUT}.engine_kwargs.vllm.swap_space"), Refused)
     assert isinstance(fate_of("data.seed"), ReadAs)
     assert fate_of("trainer.seed") is None and fate_of("trainer.sed") is None and fate_of("criticality") is None
+
+
+@pytest.mark.parametrize("group", ["critic", "critic.optim", f"{ACTOR}.megatron.override_transformer_config"])
+def test_a_group_of_settings_is_no_foreign_key(tmp_path, group):
+    assert fate_of(group) is None
+    with pytest.raises(ConfigError, match=f"{group}=5: {group} is a group of settings"):
+        load_config("demo", [f"{group}=5"])
+    (tmp_path / "mine.yaml").write_text(f"defaults: [demo, _self_]\n{group}:\n")  # with nothing below
+    assert load_config("mine", config_dir=tmp_path) == load_config("demo")
 
 
 def test_the_table_names_settings_that_exist_and_none_of_them_as_a_foreign_key():

@@ -80,5 +80,5 @@ def refuse(rank: Rank) -> Trained:
         is_reason = "reason" in frame.f_locals and "skipped" not in frame.f_locals
         return next(reasons, Skip.NONE) if is_reason else 1.0
 
-    rank.recorder.answers["policy.py", "_step"] = answer
+    rank.recorder.answers["trained_model.py", "_step"] = answer
     return train(rank)

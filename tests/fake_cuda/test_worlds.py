@@ -23,6 +23,8 @@ OFFLOADS = (f"{MEGATRON}.grad_offload=True", f"{MEGATRON}.optimizer_offload=True
 REFERENCE_OFFLOAD = "actor_rollout_ref.ref.megatron.param_offload=True"
 SAVE, SAVE_BESIDE = ("trainer.save_freq=1",), ("trainer.save_freq=1", "trainer.async_save=True")
 NO_OVERLAP = (f"{MEGATRON}.overlap_grad_reduce=False", f"{MEGATRON}.overlap_param_gather=False")
+PPO = ("algorithm.adv_estimator=gae", "critic.ppo_epochs=2")
+CRITIC_OFFLOADS = tuple(f"critic.megatron.{name}_offload=True" for name in ("param", "grad", "optimizer"))
 UNEVEN = ((17, 26), (17, 1), (17, 9))
 
 
@@ -103,6 +105,8 @@ WHOLE = [
     World(pp=2, vpp=2, dp=4, overrides=(*updates_of(1), "data.train_batch_size=4"), lengths=UNEVEN),
     World(pp=4, dp=2, tied=True, overrides=(*in_reward("full"), *NO_OVERLAP, *filled(6)), act=refuse),
     World(tp=8, overrides=(*in_loss("low_var_kl+"), *OFFLOADS)),
+    World(tp=2, pp=2, dp=2, overrides=(*PPO, *SAVE, *CRITIC_OFFLOADS, *filled(8)), lengths=UNEVEN),
+    World(tp=2, pp=2, vpp=2, dp=2, te=True, tied=True, overrides=(*PPO, *SAVE_BESIDE, *OFFLOADS, *updates_of(2))),
     World(pp=8, te=True, overrides=SAVE, lengths=UNEVEN),
     World(tp=4, pp=4, dp=4, overrides=updates_of(4)),
 ]

@@ -95,7 +95,12 @@ LIBRARIES = {
 # (Room, room below it) -> what of the lower one the upper one may import, where that is not all of it.
 PARTS = {
     # The policy computes log-probabilities and gradients. What a loss, a clip, a KL or a weight is, algorithm/ says.
-    ("policy", "algorithm"): {"algorithm.logprob", "algorithm.objective", "algorithm.losses.Clip"},
+    ("policy", "algorithm"): {
+        "algorithm.logprob",
+        "algorithm.objective",
+        "algorithm.value_objective",
+        "algorithm.losses.Clip",
+    },
 }
 
 

@@ -48,7 +48,7 @@ def train_and_read(policy, root: Path) -> list:
     from remax_megatron.policy.training_state import TrainingState
 
     rows = recorded_rows()
-    saver = Saver(root, TrainingState(policy), policy.layout, {}, keep=9, in_background=False)
+    saver = Saver(root, [TrainingState(policy)], policy.layout, {}, keep=9, in_background=False)
     found: list = []
     for step, first in enumerate(("the stream", "a forward pass", "a checkpoint"), start=1):
         update = take_update(policy, rows)

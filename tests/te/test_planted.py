@@ -115,10 +115,10 @@ def weights_not_gathered_for_the_stream() -> Iterator[None]:
 
 @contextmanager
 def head_not_waited_for() -> Iterator[None]:
-    from remax_megatron.policy.packed_model import PackedModel
+    from remax_megatron.policy.language_model import LanguageModel
     from remax_megatron.policy.policy import Policy
 
-    with mock.patch.object(Policy, "_head", PackedModel._head):
+    with mock.patch.object(Policy, "_head", LanguageModel._head):
         yield
 
 

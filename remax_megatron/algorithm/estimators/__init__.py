@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from remax_megatron.algorithm.estimators import grpo, reinforce, remax, reward_softmax, rloo
+from remax_megatron.algorithm.estimators import gae, grpo, reinforce, remax, reward_softmax, rloo
 
 Advantages = Callable[[Sequence[Sequence[float]], Sequence[float] | None], list[list[float]]]
 
@@ -21,6 +21,7 @@ class Estimator:
 
     `needs_greedy`: the engine must also answer greedily. `min_samples`: the fewest sampled answers per prompt.
     `unbiased`: the expectation of mean_i A_i grad log pi(y_i) is the gradient of the expected reward, exactly.
+    `needs_critic`: what it gives are outcomes, of which a critic's values make advantages (algorithm/gae.py).
     """
 
     name: str
@@ -28,6 +29,7 @@ class Estimator:
     needs_greedy: bool
     min_samples: int
     unbiased: bool
+    needs_critic: bool = False
 
 
 _ESTIMATORS = (
@@ -35,6 +37,7 @@ _ESTIMATORS = (
     Estimator("rloo", rloo.advantages, needs_greedy=False, min_samples=2, unbiased=True),
     Estimator("grpo", grpo.advantages, needs_greedy=False, min_samples=2, unbiased=False),
     Estimator("reinforce", reinforce.advantages, needs_greedy=False, min_samples=1, unbiased=True),
+    Estimator("gae", gae.advantages, needs_greedy=False, min_samples=1, unbiased=False, needs_critic=True),
     Estimator("reward_softmax", reward_softmax.advantages, needs_greedy=False, min_samples=2, unbiased=False),
 )
 NAMES = tuple(estimator.name for estimator in _ESTIMATORS)

@@ -11,13 +11,15 @@ from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, ConfigError
 @rule
 def mini_batches_divide_batch(setup: Setup) -> None:
     """A rollout batch is cut into whole mini-batches."""
-    batch, mini = setup.config.data.train_batch_size, setup.mini_batch
-    if mini > batch or batch % mini:
-        problem = "is larger than" if mini > batch else "does not divide"
-        raise ConfigError(
-            f"{ACTOR}.ppo_mini_batch_size={mini} {problem} data.train_batch_size={batch} (both count prompts);"
-            f" set {ACTOR}.ppo_mini_batch_size={batch} or a divisor of it"
-        )
+    batch = setup.config.data.train_batch_size
+    for group, settings in setup.trained:
+        mini = settings.ppo_mini_batch_size or batch
+        if mini > batch or batch % mini:
+            problem = "is larger than" if mini > batch else "does not divide"
+            raise ConfigError(
+                f"{group}.ppo_mini_batch_size={mini} {problem} data.train_batch_size={batch} (both count prompts);"
+                f" set {group}.ppo_mini_batch_size={batch} or a divisor of it"
+            )
 
 
 @rule
@@ -33,23 +35,37 @@ def fixed_micro_batches_have_a_size(setup: Setup) -> None:
 @rule
 def budget_holds_longest_sequence(setup: Setup) -> None:
     """The longest prompt and answer together fit the token budget."""
-    data, budget = setup.config.data, setup.actor.ppo_max_token_len_per_gpu
-    if setup.actor.use_dynamic_bsz and budget < setup.longest_sequence:
-        raise ConfigError(
-            f"{ACTOR}.ppo_max_token_len_per_gpu={budget} is below the longest sequence, data.max_prompt_length="
-            f"{data.max_prompt_length} + data.max_response_length={data.max_response_length} = {setup.longest_sequence}"
-            f" tokens; set {ACTOR}.ppo_max_token_len_per_gpu to at least {setup.longest_sequence}"
-        )
+    data, longest = setup.config.data, setup.longest_sequence
+    for group, settings in setup.trained:
+        budget = settings.ppo_max_token_len_per_gpu
+        if settings.use_dynamic_bsz and budget < longest:
+            raise ConfigError(
+                f"{group}.ppo_max_token_len_per_gpu={budget} is below the longest sequence, data.max_prompt_length="
+                f"{data.max_prompt_length} + data.max_response_length={data.max_response_length} = {longest} tokens;"
+                f" set {group}.ppo_max_token_len_per_gpu to at least {longest}"
+            )
 
 
 @rule
 def budget_is_cut_evenly(setup: Setup) -> None:
     """Under sequence parallelism packed micro-batches are padded to a multiple of tp, and stay within the budget."""
-    budget = setup.actor.ppo_max_token_len_per_gpu
-    if setup.actor.use_dynamic_bsz and setup.megatron.sequence_parallel and budget % setup.tp:
+    for group, settings in setup.trained:
+        budget, tp = settings.ppo_max_token_len_per_gpu, setup.tp
+        if settings.use_dynamic_bsz and settings.megatron.sequence_parallel and budget % tp:
+            raise ConfigError(
+                f"{group}.ppo_max_token_len_per_gpu={budget} is not a multiple of {MEGATRON}.tensor_model_parallel_size"
+                f"={tp}, as sequence_parallel=True needs; set it to {math.ceil(budget / tp) * tp}"
+            )
+
+
+@rule
+def policy_learns_after_the_warmup(setup: Setup) -> None:
+    """The critic's warmup ends before the run does."""
+    warmup, steps = setup.config.trainer.critic_warmup, setup.config.trainer.total_training_steps
+    if setup.has_critic and steps is not None and warmup >= steps:
         raise ConfigError(
-            f"{ACTOR}.ppo_max_token_len_per_gpu={budget} is not a multiple of {MEGATRON}.tensor_model_parallel_size="
-            f"{setup.tp}, as sequence_parallel=True needs; set it to {math.ceil(budget / setup.tp) * setup.tp}"
+            f"trainer.critic_warmup={warmup} leaves the policy none of the trainer.total_training_steps={steps};"
+            f" set trainer.critic_warmup to at most {steps - 1}"
         )
 
 

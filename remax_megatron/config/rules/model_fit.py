@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from remax_megatron.config.rules.registry import Setup, divisors, model_rule, numbers
-from remax_megatron.config.schema import MEGATRON, ROLLOUT, ConfigError
+from remax_megatron.config.schema import MEGATRON, ROLLOUT, Config, ConfigError
 from remax_megatron.model_facts import ModelFacts
 
 
@@ -39,6 +39,19 @@ def policy_tp_fits(setup: Setup, model: ModelFacts) -> None:
 def rollout_tp_fits(setup: Setup, model: ModelFacts) -> None:
     """The engine's tensor-parallel size fits the model's heads and widths."""
     _tp_fits(f"{ROLLOUT}.tensor_model_parallel_size", setup.rollout.tensor_model_parallel_size, model)
+
+
+def check_critic(config: Config, critic: ModelFacts) -> None:
+    """ConfigError when a critic of these sizes does not fit the layout and the lengths, which are the policy's."""
+    setup = Setup(config, world_size=1)
+    for check in (layers_divide_into_stages, layers_divide_into_virtual_stages, policy_tp_fits):
+        try:
+            check(setup, critic)
+        except ConfigError as error:
+            raise ConfigError(
+                f"critic.model.path={config.critic.model.path}, which has the policy's layout: {error}"
+            ) from error
+    positions_hold_longest_sequence(setup, critic)
 
 
 def _tp_fits(key: str, tp: int, model: ModelFacts) -> None:

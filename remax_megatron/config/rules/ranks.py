@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from remax_megatron.config.rules.registry import Setup, divisors, numbers, rule
-from remax_megatron.config.schema import MEGATRON, ROLLOUT, ConfigError
+from remax_megatron.config.schema import CRITIC_MEGATRON, MEGATRON, ROLLOUT, ConfigError
+
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
 @rule
@@ -49,3 +51,15 @@ def virtual_stages_need_a_pipeline(setup: Setup) -> None:
             f"{MEGATRON}.virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size above 1, which"
             f" is {setup.pp}; set {MEGATRON}.virtual_pipeline_model_parallel_size=null"
         )
+
+
+@rule
+def critic_has_the_policys_layout(setup: Setup) -> None:
+    """The critic is cut between the ranks as the policy is."""
+    for name in LAYOUT if setup.has_critic else ():
+        critics, policys = getattr(setup.config.critic.megatron, name), getattr(setup.megatron, name)
+        if critics not in (None, policys):
+            raise ConfigError(
+                f"{CRITIC_MEGATRON}.{name}={critics} is not {MEGATRON}.{name}={'null' if policys is None else policys}:"
+                f" the critic has the policy's layout; set {CRITIC_MEGATRON}.{name}=null"
+            )

@@ -12,7 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from remax_megatron.config.schema import Actor, Config, Megatron, RolloutConfig, expects_cpu
+from remax_megatron.config.schema import (
+    ACTOR,
+    CRITIC,
+    Actor,
+    Config,
+    Megatron,
+    RolloutConfig,
+    critic_as_actor,
+    expects_cpu,
+    has_critic,
+)
 from remax_megatron.model_facts import ModelFacts
 
 
@@ -52,6 +62,17 @@ class Setup:
     def mini_batch(self) -> int:
         """Prompts per optimizer step."""
         return self.actor.ppo_mini_batch_size or self.config.data.train_batch_size
+
+    @property
+    def has_critic(self) -> bool:
+        """Tell whether a critic is trained beside the policy."""
+        return has_critic(self.config)
+
+    @property
+    def trained(self) -> list[tuple[str, Actor]]:
+        """List what is trained, the policy and the critic if there is one: where its settings stand, and these."""
+        critic = [(CRITIC, critic_as_actor(self.config))] if self.has_critic else []
+        return [(ACTOR, self.actor), *critic]
 
     @property
     def on_cpu(self) -> bool:

@@ -5,27 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from remax_megatron.config.rules.registry import Setup, remark
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, SETTINGS, as_list, needs_reference
+from remax_megatron.config.schema import (
+    ACTOR,
+    CRITIC,
+    CRITIC_MEGATRON,
+    MEGATRON,
+    ROLLOUT,
+    SETTINGS,
+    as_list,
+    needs_reference,
+)
 from remax_megatron.config.setting import value_of
 
 OFFLOADS = ("param_offload", "grad_offload", "optimizer_offload")
+OF_THE_CRITIC = ("algorithm.lam", "trainer.critic_warmup", *(key for key in SETTINGS if key.startswith(f"{CRITIC}.")))
 
 
 @remark
 def offload_on_cpu(setup: Setup) -> Iterator[str]:
     """Offloads do nothing on a CPU."""
-    switched_on = [name for name in OFFLOADS if getattr(setup.megatron, name)]
-    if switched_on and setup.on_cpu:
-        yield f"{MEGATRON}.{{{','.join(switched_on)}}}=True has no effect: the run is on the CPU"
+    for group in (MEGATRON, CRITIC_MEGATRON) if setup.has_critic else (MEGATRON,):
+        switched_on = [name for name in OFFLOADS if value_of(setup.config, f"{group}.{name}")]
+        if switched_on and setup.on_cpu:
+            yield f"{group}.{{{','.join(switched_on)}}}=True has no effect: the run is on the CPU"
 
 
 @remark
 def param_offload_on_gpu(setup: Setup) -> Iterator[str]:
     """The policy's weights stay on the GPU."""
+    for_critic = setup.has_critic and setup.config.critic.megatron.param_offload is None
     if setup.megatron.param_offload and not setup.on_cpu:
         yield (
-            f"{MEGATRON}.param_offload=True has no effect: the canary of every weight sync needs the policy's weights "
-            "beside the engine; grad_offload and optimizer_offload do free memory during rollouts"
+            f"{MEGATRON}.param_offload=True {'acts on the critic alone' if for_critic else 'has no effect'}: the canary"
+            " of every weight sync needs the policy's weights beside the engine; grad_offload and optimizer_offload do"
+            " free memory during rollouts"
         )
 
 
@@ -81,18 +94,19 @@ def greedy_validation(setup: Setup) -> Iterator[str]:
 @remark
 def unused_numbers_of_the_learning_rate(setup: Setup) -> Iterator[str]:
     """A learning rate that does not decay has no end, and a warmup has one length."""
-    optim, key = setup.actor.optim, f"{ACTOR}.optim"
-    warms_up_by_share = optim.lr_warmup_steps_ratio > 0 and optim.lr_warmup_steps <= 0
-    if optim.lr_warmup_steps_ratio > 0 and optim.lr_warmup_steps > 0:
-        yield (
-            f"{key}.lr_warmup_steps_ratio={optim.lr_warmup_steps_ratio} has no effect: lr_warmup_steps="
-            f"{optim.lr_warmup_steps} goes before it"
-        )
-    if optim.lr_decay_style == "constant":
-        if optim.min_lr:
-            yield f"{key}.min_lr={optim.min_lr} has no effect: lr_decay_style=constant"
-        if optim.lr_decay_steps is not None and not warms_up_by_share:
-            yield f"{key}.lr_decay_steps={optim.lr_decay_steps} has no effect: lr_decay_style=constant"
+    for group, settings in setup.trained:
+        optim, key = settings.optim, f"{group}.optim"
+        warms_up_by_share = optim.lr_warmup_steps_ratio > 0 and optim.lr_warmup_steps <= 0
+        if optim.lr_warmup_steps_ratio > 0 and optim.lr_warmup_steps > 0:
+            yield (
+                f"{key}.lr_warmup_steps_ratio={optim.lr_warmup_steps_ratio} has no effect: lr_warmup_steps="
+                f"{optim.lr_warmup_steps} goes before it"
+            )
+        if optim.lr_decay_style == "constant":
+            if optim.min_lr:
+                yield f"{key}.min_lr={optim.min_lr} has no effect: lr_decay_style=constant"
+            if optim.lr_decay_steps is not None and not warms_up_by_share:
+                yield f"{key}.lr_decay_steps={optim.lr_decay_steps} has no effect: lr_decay_style=constant"
 
 
 @remark
@@ -107,18 +121,24 @@ def resume_path_without_mode(setup: Setup) -> Iterator[str]:
 
 
 @remark
-def critic_warmup(setup: Setup) -> Iterator[str]:
-    """There is no critic to warm up."""
-    if setup.config.trainer.critic_warmup:
-        yield f"trainer.critic_warmup={setup.config.trainer.critic_warmup} has no effect: ReMax has no critic"
+def critic_without_one(setup: Setup) -> Iterator[str]:
+    """Settings of the critic do nothing where there is none."""
+    given = {key: value_of(setup.config, key) for key in OF_THE_CRITIC}
+    changed = [f"{key}={value}" for key, value in given.items() if value != SETTINGS[key].default]
+    if changed and not setup.has_critic:
+        yield (
+            f"{', '.join(changed)} {'has' if len(changed) == 1 else 'have'} no effect: algorithm.adv_estimator="
+            f"{setup.config.algorithm.adv_estimator} has no critic"
+        )
 
 
 @remark
 def unused_micro_batch_size(setup: Setup) -> Iterator[str]:
     """A number of rows does nothing where micro-batches are packed by tokens."""
-    rows = setup.actor.ppo_micro_batch_size_per_gpu
-    if setup.actor.use_dynamic_bsz and rows is not None:
-        yield f"{ACTOR}.ppo_micro_batch_size_per_gpu={rows} has no effect: use_dynamic_bsz=True packs by tokens"
+    for group in (ACTOR, CRITIC) if setup.has_critic else (ACTOR,):
+        key = f"{group}.ppo_micro_batch_size_per_gpu"
+        if setup.actor.use_dynamic_bsz and value_of(setup.config, key) is not None:
+            yield f"{key}={value_of(setup.config, key)} has no effect: use_dynamic_bsz=True packs by tokens"
 
 
 @remark

@@ -79,29 +79,41 @@ def validation_answers_differ(setup: Setup) -> None:
 @rule
 def learning_rate_falls(setup: Setup) -> None:
     """A learning rate that decays falls, after the warmup."""
-    optim, key = setup.actor.optim, f"{ACTOR}.optim"
-    if optim.lr_decay_style == "constant":
-        return
-    if optim.min_lr > optim.lr:
+    for group, settings in setup.trained:
+        optim, key = settings.optim, f"{group}.optim"
+        if optim.lr_decay_style == "constant":
+            continue
+        if optim.min_lr > optim.lr:
+            raise ConfigError(
+                f"{key}.min_lr={optim.min_lr} is above {key}.lr={optim.lr}, from which lr_decay_style="
+                f"{optim.lr_decay_style} falls; set {key}.min_lr to at most {optim.lr}"
+            )
+        if optim.lr_decay_steps is not None and optim.lr_decay_steps <= optim.lr_warmup_steps:
+            raise ConfigError(
+                f"{key}.lr_decay_steps={optim.lr_decay_steps} counts the warmup too and is not above "
+                f"{key}.lr_warmup_steps={optim.lr_warmup_steps}; set {key}.lr_decay_steps above it, or to null"
+            )
+
+
+@rule
+def only_gae_discounts(setup: Setup) -> None:
+    """The reward of a whole answer is not discounted without a critic."""
+    gamma = setup.config.algorithm.gamma
+    if gamma != 1 and not setup.has_critic:
         raise ConfigError(
-            f"{key}.min_lr={optim.min_lr} is above {key}.lr={optim.lr}, from which lr_decay_style="
-            f"{optim.lr_decay_style} falls; set {key}.min_lr to at most {optim.lr}"
-        )
-    if optim.lr_decay_steps is not None and optim.lr_decay_steps <= optim.lr_warmup_steps:
-        raise ConfigError(
-            f"{key}.lr_decay_steps={optim.lr_decay_steps} counts the warmup too and is not above "
-            f"{key}.lr_warmup_steps={optim.lr_warmup_steps}; set {key}.lr_decay_steps above it, or to null"
+            f"algorithm.gamma={gamma} with algorithm.adv_estimator={setup.config.algorithm.adv_estimator}: the reward"
+            " of a whole answer is not discounted; set algorithm.gamma=1.0, or algorithm.adv_estimator=gae"
         )
 
 
 @rule
-def remax_has_no_discount(setup: Setup) -> None:
-    """The reward of a whole answer is not discounted."""
-    gamma = setup.config.algorithm.gamma
-    if gamma != 1:
+def gae_sums_the_kl(setup: Setup) -> None:
+    """How much of the later KL a token answers for is said once, by gae's own numbers."""
+    algorithm = setup.config.algorithm
+    if setup.has_critic and algorithm.use_kl_in_reward and algorithm.kl_reward_mode != "to_go":
         raise ConfigError(
-            f"algorithm.gamma={gamma} with algorithm.adv_estimator={setup.config.algorithm.adv_estimator}: the reward"
-            " of a whole answer is not discounted; set algorithm.gamma=1.0"
+            f"algorithm.kl_reward_mode={algorithm.kl_reward_mode} with algorithm.adv_estimator=gae, of which gamma and"
+            " lam say for how much of the later KL a token answers; set algorithm.kl_reward_mode=to_go"
         )
 
 
@@ -122,6 +134,12 @@ def zero_advantage_rows_have_no_gradient(setup: Setup) -> None:
     actor = setup.actor
     if not actor.skip_zero_advantage:
         return
+    if setup.has_critic:
+        raise ConfigError(
+            f"{ACTOR}.skip_zero_advantage=True with algorithm.adv_estimator={setup.config.algorithm.adv_estimator}: the"
+            " critic learns from every row, and whitened advantages are hardly ever 0; set"
+            f" {ACTOR}.skip_zero_advantage=null"
+        )
     for key in ("algorithm.use_kl_in_reward", f"{ACTOR}.use_kl_loss", f"{ACTOR}.entropy_coeff"):
         if value := value_of(setup.config, key):
             raise ConfigError(

@@ -24,15 +24,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 from remax_megatron import build
 from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.checkpoint import saver
-from remax_megatron.config.schema import Config
+from remax_megatron.config.schema import Config, has_critic
 from remax_megatron.data.dataset import PromptDataset
-from remax_megatron.inputs import Inputs
+from remax_megatron.inputs import CriticInputs, Inputs
 from remax_megatron.model import live_weights
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import init_distributed
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.policy import offload, training_state
 from remax_megatron.policy.policy import Policy
+from remax_megatron.policy.trained_model import TrainedModel
 from remax_megatron.policy.training_state import TrainingState
 from remax_megatron.rollout import collect
 from remax_megatron.trainer import Trainer
@@ -101,6 +102,7 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     device = init_distributed("cuda", 600)
     dist.all_gather_object = functools.partial(_gather, dist.all_gather_object, config)
     live_weights.open_weights = lambda folder, facts: _Weights(facts)
+    live_weights.open_critic = lambda folder, facts, prefix: _Weights(facts)
     _Engine.lengths = job.lengths
     build.Engine = _Engine
     build.Collector = _Collector
@@ -108,7 +110,7 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     build.check_shared = lambda config: None
     build.side_files = lambda *args: {}
     build.model_folder = lambda folder: folder
-    Policy._step = _in_phase_of_its_own(recorder, Policy._step)
+    TrainedModel._step = _in_phase_of_its_own(recorder, TrainedModel._step)
     # Locked through CUDA's runtime, which knows addresses; fake memory has none.
     offload._page_locked_like = lambda tensor: torch.empty_like(tensor, device="cpu", pin_memory=True)
     # A checkpoint is written without its values, and planned as if all ranks had this one's blocks, which overlap.
@@ -120,7 +122,8 @@ def _build(job: Job, recorder: Recorder) -> Trainer:
     prompts = [
         Prompt(i, _tokens(job.lengths[0][0], i, job.facts), "fake", "") for i in range(config.data.train_batch_size)
     ]
-    inputs = Inputs("fake", None, [], PromptDataset(prompts, len(prompts)), None)
+    critic = CriticInputs("fake", job.facts.as_critic()) if has_critic(config) else None
+    inputs = Inputs("fake", None, [], PromptDataset(prompts, len(prompts)), None, critic)
     timer = PhaseTimer(around=(recorder.phase,))
     return build.build_trainer(build.Start(config, job.facts, inputs, "", None, device, timer))
 
