@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.rules import validate
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from tests.stand_ins.fake_cuda.rank import Rank
 
 GIB = 2**30
-PHASES = ("score", "update", "sync")
+PHASES = ("critic", "score", "update", "sync")
 
 
 def count(
@@ -97,8 +98,8 @@ def full_rows(config: Config, row: tuple[int, int] | None = None) -> tuple[int, 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What a rank does: score a micro-batch of rows, train on all `num_rows`, send the weights, and where the optimizer
-    was offloaded for that, train again."""
+    """What a rank does: train a critic on all `num_rows`, if there is one, score a micro-batch of them, train on all,
+    send the weights, and where the optimizer was offloaded for that, train again."""
 
     num_rows: int
     num_microbatches: int
@@ -106,7 +107,12 @@ class Steps:
 
     def __call__(self, rank: Rank) -> None:
         rank.make_optimizer_state()
-        rows, recorder = rank.rows(self.num_rows), rank.recorder
+        rows, recorder, critic = rank.rows(self.num_rows), rank.recorder, rank.trainer.learner.critic
+        if "critic" in self.phases and critic is not None:
+            with recorder.phase("values"):
+                critic.advantages(rows, [1.0] * len(rows), None, 0.0)
+            critic.learn(rows, rank.job.config.data.train_batch_size, "counted", 1)
+            weigh_rows(rows, "token-mean")
         if "score" in self.phases:
             with recorder.phase("score"):
                 rank.policy.logprobs(rows[: len(rows) // self.num_microbatches])

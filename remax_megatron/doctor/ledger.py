@@ -98,15 +98,15 @@ def ledger(
     stack       what computes, None: what is installed here
     critic      the sizes of a critic, None: those of `facts` with a value head
     """
-    batch, stack = batch or full_micro_batch(config, world_size), stack or installed_stack(config, on_cpu)
+    given, batch, stack = batch, batch or full_micro_batch(config, world_size), stack or installed_stack(config, on_cpu)
     pp = config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
     stages = range(pp) if stage is None else (stage,)
     ranks = [_Rank(config, facts, world_size, card, batch, stack, one) for one in stages]
     for rank in ranks if has_critic(config) else ():
         settings = copy.deepcopy(config)
         settings.actor_rollout_ref.actor = critic_as_actor(config)
-        batch = full_micro_batch(settings, world_size)
-        rank.critic = _Rank(settings, critic or facts.as_critic(), world_size, card, batch, stack, rank.stage)
+        of_critic = given or full_micro_batch(settings, world_size)
+        rank.critic = _Rank(settings, critic or facts.as_critic(), world_size, card, of_critic, stack, rank.stage)
     return max((Ledger(rank.phases(), rank.stage) for rank in ranks), key=Ledger.peak)
 
 

@@ -67,15 +67,24 @@ class Case:
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
-    def ledgers(self) -> Iterator[Ledger]:
-        """Those of all stages, for micro-batches of whole rows."""
+    @property
+    def batch(self) -> MicroBatch:
+        """A micro-batch of whole rows."""
         num_rows = self.tokens // sum(self.row)
-        batch = MicroBatch(num_rows * sum(self.row), num_rows * self.row[1], self.num_microbatches)
+        return MicroBatch(num_rows * sum(self.row), num_rows * self.row[1], self.num_microbatches)
+
+    @property
+    def stack(self) -> Stack:
         te = self.layers == "transformer_engine"
         flexible = self.share_prompts or self.dtype == "float32"
-        stack = Stack(self.layers, "flex" if flexible else "transformer_engine" if te else "varlen", fused_adam=te)
+        return Stack(self.layers, "flex" if flexible else "transformer_engine" if te else "varlen", fused_adam=te)
+
+    def ledgers(self) -> Iterator[Ledger]:
+        """Those of all stages."""
         for stage in range(self.pp):
-            yield ledger(self.config, FACTS[self.model], self.world_size, batch=batch, stage=stage, stack=stack)
+            yield ledger(
+                self.config, FACTS[self.model], self.world_size, batch=self.batch, stage=stage, stack=self.stack
+            )
 
     def __str__(self) -> str:
         sizes = {"TP": self.tp, "PP": self.pp, "VPP": self.vpp or 1, "DP": self.dp}

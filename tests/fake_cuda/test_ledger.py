@@ -7,6 +7,9 @@ import functools
 import pytest
 
 from benchmarks.gpu_counts import Counts, stage_jobs
+from remax_megatron.config.schema import Config
+from remax_megatron.doctor.fitting import with_setting
+from remax_megatron.doctor.ledger import ledger
 from tests.doctor.ledger_cases import CASES, FACTS, TE, Case
 from tests.stand_ins.fake_cuda.processes import Job, play_each
 
@@ -28,6 +31,29 @@ def counted(layers: str) -> dict[Case, list[int]]:
         case: [Counts.of(job, next(reports)).peak_bytes for job in part]
         for case, part in zip(cases, by_case, strict=True)
     }
+
+
+def with_critic(case: Case) -> Config:
+    """Its gradients and weights leave the device between its updates."""
+    given = {"algorithm.adv_estimator": "gae"} | {f"critic.megatron.{name}_offload": True for name in ("param", "grad")}
+    config = case.config
+    for key, value in given.items():
+        config = with_setting(config, key, value)
+    return config
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[9]], ids=str)
+def test_the_peaks_of_a_critic(case: Case):
+    """Of its own update and of the policy's beside it, on one stage, within 5 %."""
+    config, facts = with_critic(case), FACTS[case.model]
+    played = stage_jobs(config, facts, row=case.row, num_microbatches=1, phases=("critic", "update"))
+    (report,) = play_each(played, transformer_engine=case.layers == TE, timeout_s=900)
+    made = ledger(config, facts, case.world_size, batch=case.batch, stack=case.stack)
+    of_critic = max(made.peak("critic"), made.peak("critic's optimizer"))
+    assert of_critic == pytest.approx(report.phases["critic"].peak_bytes, rel=0.05), made.phases["critic"]
+    of_policy = max(made.peak("update"), made.peak("optimizer"))
+    counted = Counts.of(played[0], report).peak_bytes
+    assert of_policy == pytest.approx(counted, rel=0.05), made.phases["update"]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -70,8 +70,10 @@ class Rank:
     def make_optimizer_state(self) -> None:
         """Adam's moments, which are otherwise made by the first step."""
         with self.recorder.phase("optimizer state"):
-            for owned, _ in (state := TrainingState(self.policy))._owned():
-                state._optimizer_state(owned)
+            critic = self.trainer.learner.critic
+            for model in (self.policy, *([] if critic is None else [critic.critic])):
+                for owned, _ in (state := TrainingState(model))._owned():
+                    state._optimizer_state(owned)
 
 
 def play(job: Job) -> Report:

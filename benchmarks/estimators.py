@@ -1,0 +1,358 @@
+"""ReMax beside PPO, RLOO, GRPO and REINFORCE, in one trainer, on one task: accuracy, time, memory, gradient noise.
+
+    python benchmarks/estimators.py [--parts learn,noise,long] [--seeds 1 2 3] [--steps 30] [--work DIR] [--json FILE]
+                                    [--picture FILE] [--only NAME ...]
+
+The demo's model and data (made if need be), the demo preset on two ranks under torchrun, one learning rate for all.
+Every method gets five answers per prompt: ReMax four samples and the greedy one, the others five samples. So the axes
+`steps` and `generated tokens` are the same for all but ReMax with refill, which draws more prompts.
+
+    learn   trains each method with each seed; validates every 2 steps. A run that is in --work already is not run
+            again.
+    noise   the gradient's noise at one policy: ReMax's after 10 steps. With S_b the mean squared norm of the gradient
+            of a batch of b prompts, S_b = |g|^2 + V / b for a batch mean; from S_64 (16 batches) and S_1024 (one)
+            follow V and |g|^2, and V / (64 |g|^2) is the noise of one step over its signal. The weights do not move (a
+            learning rate of 1e-12); PPO's critic has been trained on that policy's answers for 16 steps before.
+    long    time of a step and memory of ReMax and PPO with a model of 27 million parameters, random weights, and
+            GSM8K's lengths: prompts of about 100 tokens, answers up to 200.
+
+RESULT: states (weights, gradients, optimizer; counted by the doctor's ledger), time of a step, time to 90 % of the
+final accuracy and process memory of ReMax over PPO. Seconds are those of steps, without validation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import ROOT, finish, machine
+from random_model import config_of, make_folder
+
+from remax_megatron.config.load import load_config
+from remax_megatron.demo.warm_start import ensure_policy
+from remax_megatron.demo.word_problems import ensure_data
+from remax_megatron.doctor.ledger import ledger
+from remax_megatron.metrics import read_metrics
+from remax_megatron.model_facts import ModelFacts
+
+RANKS = 2
+PROMPTS, BATCHES = 64, 16  # of a step of `noise`, and steps
+STILL = 1e-12  # a learning rate with which no weight moves
+LONG_MODEL = (8, 512, 1536, 8, 4, 8192, True)  # 27 million parameters with its embedding
+LONG_PROMPT, LONG_ANSWER = 100, 200  # tokens
+GAE = ("algorithm.adv_estimator=gae", "critic.optim.lr=3e-4", "actor_rollout_ref.rollout.n=5")
+METHODS: dict[str, tuple[str, ...]] = {
+    "ReMax": (),
+    "ReMax, refill": ("algorithm.refill=True",),
+    "RLOO": ("algorithm.adv_estimator=rloo", "actor_rollout_ref.rollout.n=5"),
+    "GRPO": ("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=5"),
+    "REINFORCE": ("algorithm.adv_estimator=reinforce", "actor_rollout_ref.rollout.n=5"),
+    "PPO": GAE,
+}
+COLORS = dict(zip(METHODS, ("#2563eb", "#7c3aed", "#15803d", "#ca8a04", "#64748b", "#dc2626"), strict=True))
+STATES = ("weights", "gradients", "optimizer", "critic's weights", "critic's gradients", "critic's optimizer")
+PHASES = ("rollout", "reward", "score", "critic", "update", "sync", "step")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run: after each validated step the accuracy, and seconds, generated tokens and steps until then."""
+
+    accuracy: list[float]
+    seconds: list[float]
+    tokens: list[float]
+    steps: list[int]
+
+    @classmethod
+    def of(cls, records: Sequence[dict]) -> Curve:
+        curve, seconds, tokens = cls([], [], [], []), 0.0, 0.0
+        for record in records:
+            seconds += record.get("time/step_s", 0.0)
+            tokens += record.get("throughput/generated_tokens_per_s", 0.0) * record.get("time/rollout_s", 0.0)
+            if "val/accuracy" in record:
+                for values, value in (
+                    (curve.accuracy, record["val/accuracy"]),
+                    (curve.seconds, seconds),
+                    (curve.tokens, tokens),
+                    (curve.steps, record["step"]),
+                ):
+                    values.append(value)
+        return curve
+
+    def first(self, accuracy: float, axis: str) -> float:
+        """Where on `axis` it first reached `accuracy`; infinity where it never did."""
+        reached = (at for at, value in zip(getattr(self, axis), self.accuracy, strict=True) if value >= accuracy)
+        return next(reached, float("inf"))
+
+
+def run(folder: Path, settings: Sequence[str], steps: int) -> list[dict]:
+    """The records of a run of `steps` into `folder`, which is taken as it is where they are there already."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists() or read_metrics(metrics)[-1]["step"] < steps:
+        shutil.rmtree(folder, ignore_errors=True)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        command = [
+            *launcher,
+            "--nproc-per-node",
+            str(RANKS),
+            "-m",
+            "remax_megatron",
+            "--config-name",
+            "demo",
+            *settings,
+        ]
+        command += [f"trainer.default_local_dir={folder}", f"trainer.total_training_steps={steps}"]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=3600
+        )
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"exit code {done.returncode}: {' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+    return read_metrics(metrics)
+
+
+def median(records: Sequence[dict], key: str) -> float:
+    """Of the steps, without the first two, in which kernels are made."""
+    return statistics.median(record.get(key, 0.0) for record in records if record["step"] > 2)
+
+
+def states(model: Path, settings: Sequence[str]) -> int:
+    """Bytes of weights, gradients and optimizers on a rank, as tests prove the ledger counts them."""
+    config = load_config("demo", list(settings)).config
+    terms = ledger(config, ModelFacts.from_folder(model), RANKS, on_cpu=True).phases["rollout"]
+    return sum(terms.get(name, 0) for name in STATES)
+
+
+# -- learn -------------------------------------------------------------------------------------------------------------
+
+
+def learn(work: Path, names: Sequence[str], seeds: Sequence[int], steps: int) -> dict[str, list[list[dict]]]:
+    """The records of each method's runs."""
+    found: dict[str, list[list[dict]]] = {name: [] for name in names}
+    for seed in seeds:
+        for name in names:
+            given = [*METHODS[name], f"trainer.seed={seed}", "trainer.test_freq=2", "trainer.export_hf=False"]
+            folder = work / "learn" / f"{name.lower().replace(', ', '-')}-{seed}"
+            found[name].append(run(folder, [*given, *DEMO], steps))
+            curve = Curve.of(found[name][-1])
+            print(f"{name}, seed {seed}: {curve.accuracy[-1]:.1%} in {curve.seconds[-1]:.0f} s", flush=True)
+    return found
+
+
+def table(found: dict[str, list[list[dict]]]) -> Iterator[str]:
+    """Markdown: means over the seeds, and the lowest and highest."""
+
+    def span(values: Sequence[float], form: str) -> str:
+        if max(values) == float("inf"):
+            return "not reached"
+        texts = [form.format(value) for value in (statistics.mean(values), min(values), max(values))]
+        return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+    yield "| method | after 10 steps | after 20 | at the end | steps to 95 % | seconds to 95 % | tokens to 95 % |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, runs in found.items():
+        curves = [Curve.of(records) for records in runs]
+        at = [
+            span([c.accuracy[c.steps.index(step)] for c in curves], "{:.1%}") for step in (10, 20, curves[0].steps[-1])
+        ]
+        to = [
+            span([c.first(0.95, axis) for c in curves], form)
+            for axis, form in (("steps", "{:.0f}"), ("seconds", "{:.0f}"), ("tokens", "{:,.0f}"))
+        ]
+        yield f"| {name} | {' | '.join([*at, *to])} |"
+    yield ""
+    yield f"| method | {' | '.join(f'{phase}, s' for phase in PHASES)} | process, GiB |"
+    yield f"|{'---|' * (len(PHASES) + 2)}"
+    for name, runs in found.items():
+        times = [statistics.median(median(r, f"time/{phase}_s") for r in runs) for phase in PHASES]
+        peak = max(record.get("memory/step_peak_gib", 0.0) for records in runs for record in records)
+        yield f"| {name} | {' | '.join(f'{value:.2f}' for value in times)} | {peak:.2f} |"
+
+
+def compared(found: dict[str, list[list[dict]]], model: Path) -> dict[str, float]:
+    """ReMax over PPO."""
+    curves = {name: [Curve.of(records) for records in found[name]] for name in ("ReMax", "PPO")}
+    final = min(statistics.mean(c.accuracy[-1] for c in of) for of in curves.values())
+    to_90 = {name: statistics.mean(c.first(0.9 * final, "seconds") for c in of) for name, of in curves.items()}
+    step = {name: statistics.median(median(r, "time/step_s") for r in found[name]) for name in curves}
+    peak = {name: max(r["memory/step_peak_gib"] for records in found[name] for r in records[1:]) for name in curves}
+    return {
+        "states_vs_ppo": states(model, DEMO) / states(model, [*GAE, *DEMO]),
+        "step_time_vs_ppo": step["ReMax"] / step["PPO"],
+        "time_to_90_vs_ppo": to_90["ReMax"] / to_90["PPO"],
+        "process_memory_vs_ppo": peak["ReMax"] / peak["PPO"],
+    }
+
+
+def picture(found: dict[str, list[list[dict]]], file: Path) -> None:
+    """Accuracy over steps, seconds and generated tokens: the mean of the seeds, and the band between them."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), dpi=120, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    for axes, (axis, label) in zip(
+        figure.subplots(1, 3, sharey=True),
+        (("steps", "steps"), ("seconds", "seconds of training"), ("tokens", "generated tokens")),
+        strict=True,
+    ):
+        for name, runs in found.items():
+            curves = [Curve.of(records) for records in runs]
+            x = np.mean([getattr(curve, axis) for curve in curves], axis=0)
+            y = np.array([curve.accuracy for curve in curves])
+            axes.plot(x, y.mean(axis=0), color=COLORS[name], linewidth=2, label=name)
+            axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=COLORS[name], alpha=0.15, linewidth=0)
+        axes.set_xlabel(label)
+        axes.set_ylim(0, 1)
+        axes.grid(color="#e2e8f0")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("greedy accuracy on unseen problems")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(file)
+
+
+# -- noise -------------------------------------------------------------------------------------------------------------
+
+
+def noise(work: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each method but refill, whose batches have other sizes: signal |g|, and the noise of a step over it."""
+    halfway, quiet = work / "halfway", ["trainer.test_freq=-1", "trainer.val_before_train=False", *DEMO]
+    run(halfway, quiet, 10)
+    still = [
+        *quiet,
+        f"actor_rollout_ref.model.path={halfway / 'hf'}",
+        f"actor_rollout_ref.actor.optim.lr={STILL}",
+        "actor_rollout_ref.actor.optim.weight_decay=0",
+        "actor_rollout_ref.actor.optim.clip_grad=0",
+    ]
+    found = {}
+    for name in names:
+        if "refill" in name:
+            continue
+        given = [*METHODS[name], *still]
+        if name == "PPO":
+            run(work / "noise" / "critic", [*given, "critic.optim.lr=1e-3"], BATCHES)
+            given += [f"critic.model.path={work / 'noise' / 'critic' / 'critic'}", f"critic.optim.lr={STILL}"]
+        given.append("trainer.export_hf=False")
+        folder = work / "noise" / name.lower()
+        small = run(folder / "small", given, BATCHES)
+        large = run(folder / "large", [*given, f"data.train_batch_size={PROMPTS * BATCHES}"], 1)
+        s_small, s_large = (
+            statistics.mean(r["actor/grad_norm"] ** 2 for r in records[1:]) for records in (small, large)
+        )
+        variance = (s_small - s_large) / (1 - 1 / BATCHES)  # of the gradient of a batch of PROMPTS
+        signal = max(s_small - variance, 0.0)
+        found[name] = {"signal": signal**0.5, "noise_over_signal": variance / signal if signal else float("inf")}
+        print(f"{name}: |g| {signal**0.5:.3g}, V / (64 |g|^2) {found[name]['noise_over_signal']:.2f}", flush=True)
+    return found
+
+
+# -- long --------------------------------------------------------------------------------------------------------------
+
+REWARD = """import zlib
+
+
+def compute_score(data_source, solution_str, ground_truth, extra_info):
+    return float(zlib.crc32(f"{ground_truth} {solution_str}".encode()) % 2)
+"""
+
+
+def long(work: Path, demo_model: Path, steps: int = 5) -> dict[str, float]:
+    """Time of a step and memory at 27 million parameters and GSM8K's lengths, ReMax over PPO."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    model = work / "model-27m"
+    if not model.exists():
+        config = config_of(LONG_MODEL) | {"eos_token_id": 1}
+        with tempfile.TemporaryDirectory(dir=work) as aside:
+            make_folder(Path(aside) / "model", config)
+            for file in demo_model.glob("*token*"):
+                shutil.copy(file, Path(aside) / "model" / file.name)
+            for file in [*demo_model.glob("*.jinja"), *demo_model.glob("generation_config.json")]:
+                shutil.copy(file, Path(aside) / "model" / file.name)
+            (Path(aside) / "model").rename(model)
+    (work / "reward.py").write_text(REWARD)
+    source = pq.read_table(work / "inputs" / "data" / "train.parquet").slice(0, 512).to_pylist()
+    words = [row["prompt"][-1]["content"] for row in source]
+    rows = [
+        row | {"prompt": [{"role": "user", "content": " ".join(words[i : i + 4])}]}
+        for i, row in enumerate(source[: len(source) - 4])
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), work / "long.parquet")
+    given = [
+        f"actor_rollout_ref.model.path={model}",
+        f"data.train_files={work / 'long.parquet'}",
+        "data.val_files=null",
+        "data.train_batch_size=16",
+        f"data.max_prompt_length={2 * LONG_PROMPT}",
+        f"data.max_response_length={LONG_ANSWER}",
+        f"custom_reward_function.path={work / 'reward.py'}",
+        "actor_rollout_ref.rollout.max_num_batched_tokens=8192",
+        "trainer.test_freq=-1",
+        "trainer.val_before_train=False",
+        "trainer.export_hf=False",
+    ]
+    found = {name: run(work / "long" / name.lower(), [*METHODS[name], *given], steps) for name in ("ReMax", "PPO")}
+    for name, records in found.items():
+        lengths = f"{median(records, 'response/mean_tokens'):.0f} tokens per answer"
+        print(f"{name}, 27M: {lengths}", *(f"{p} {median(records, f'time/{p}_s'):.2f} s" for p in PHASES), flush=True)
+    peak = {name: max(record["memory/step_peak_gib"] for record in records[1:]) for name, records in found.items()}
+    return {
+        "long_states_vs_ppo": states(model, given) / states(model, [*GAE, *given]),
+        "long_step_time_vs_ppo": median(found["ReMax"], "time/step_s") / median(found["PPO"], "time/step_s"),
+        "long_process_memory_vs_ppo": peak["ReMax"] / peak["PPO"],
+    }
+
+
+DEMO: list[str] = []  # where the demo's model and data lie; set by main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["learn", "noise", "long"])
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "estimators")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--json")
+    options = parser.parse_args(argv)
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.work = options.work.resolve()
+    model = ensure_policy(options.work / "inputs" / "policy")
+    train, val = ensure_data(options.work / "inputs" / "data")
+    DEMO[:] = [f"actor_rollout_ref.model.path={model}", f"data.train_files={train}", f"data.val_files={val}"]
+    details: dict[str, object] = {"machine": machine(), "seeds": options.seeds, "steps": options.steps}
+    result: dict[str, float] = {}
+    if "learn" in options.parts:
+        found = learn(options.work, options.only, options.seeds, options.steps)
+        lines = list(table(found))
+        print("\n".join(lines), flush=True)
+        details["table"] = lines
+        if {"ReMax", "PPO"} <= set(options.only):
+            result |= compared(found, model)
+        if options.picture:
+            picture(found, options.picture)
+    if "noise" in options.parts:
+        details["noise"] = noise(options.work, options.only)
+    if "long" in options.parts:
+        result |= long(options.work, model)
+    print(json.dumps(details["machine"]))
+    finish(result, details, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
