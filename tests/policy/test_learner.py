@@ -224,3 +224,117 @@ def test_a_kl_loss_scores_the_reference_once() -> None:
     learned, policy, reference, _ = learn(f"{ACTOR}.use_kl_loss=True", f"{ACTOR}.ppo_epochs=2")
     assert len(reference.scored) == 1
     assert [row.ref_logprobs for row in learned.rows] == [[-2.0] * 2, [pytest.approx(-2.1)] * 4, [-2.2], [-2.3]]
+
+
+class CriticRecorder:
+    """Says that a state before token t is worth t / 100, and notes the rows that it is taught."""
+
+    num_updates, layout = 0, SimpleNamespace(rank=0)
+
+    def __init__(self, policy: Recorder, skipped: bool = False):
+        self.policy, self.skipped, self.updates, self.events = policy, skipped, [], []
+
+    def values(self, rows: list[Row]) -> list[list[float]]:
+        self.events.append("values")
+        return [[token / 100 for token in row.response_ids] for row in rows]
+
+    def update(self, rows: list[Row]) -> SimpleNamespace:
+        assert not self.policy.updates, "the critic's updates come first"
+        self.updates.append([(row.response_ids[0], row.weight, row.values, row.returns) for row in rows])
+        self.num_updates += 1
+        metrics = {"critic/loss": float(self.num_updates)}
+        return SimpleNamespace(
+            metrics=metrics, grad_norm=2.0, learning_rate=1e-5, skipped=self.skipped, nonfinite_rows=[], loss=1.0
+        )
+
+    def gather_weights(self) -> None:
+        self.events.append("gathered")
+
+    def release_training_memory(self) -> None:
+        self.events.append("released")
+
+
+def learn_with_critic(*overrides: str, step: int = 1, batch: list[Rollout] | None = None, skipped: bool = False):
+    from remax_megatron.critic_update import CriticLearner
+    from remax_megatron.phases import PhaseTimer
+
+    given = ["data.train_batch_size=2", "actor_rollout_ref.rollout.n=2", "algorithm.adv_estimator=gae", *overrides]
+    config, policy = load_config("demo", given).config, Recorder()
+    critic, timer = CriticRecorder(policy, skipped), PhaseTimer()
+    learner = Learner(config, policy, Recorder(offset=-1.0), timer, CriticLearner(config, critic, timer))
+    learned = learner.learn(rollouts() if batch is None else batch, "Epoch 1, Step 1", step)
+    return learned, policy, critic, learner
+
+
+def test_a_critic_makes_advantages_and_learns_first() -> None:
+    learned, policy, critic, learner = learn_with_critic()
+    assert critic.events == ["values", "gathered", "released"]
+    # Rewards 1, 0, 0, 1 and values 0.10, 0.11, 0.12, 0.13 at every token; gamma = lambda = 1: return - value.
+    returns = [[1.0, 1.0], [0.0] * 4, [0.0], [1.0]]
+    values = [[0.1, 0.1], [0.11] * 4, [0.12], [0.13]]
+    assert [row.returns for row in learned.rows] == [pytest.approx(one) for one in returns]
+    raw = [r - v for rr, vv in zip(returns, values, strict=True) for r, v in zip(rr, vv, strict=True)]
+    mean = sum(raw) / 8
+    std = (sum((one - mean) ** 2 for one in raw) / 7) ** 0.5
+    flat = [one for row in learned.rows for one in row.advantages]
+    assert flat == pytest.approx([(one - mean) / std for one in raw], rel=1e-6)
+    # All four rows, each token 1/8, in both updates.
+    assert [(token, weight) for token, weight, *_ in critic.updates[0]] == [(t, 1 / 8) for t in (10, 11, 12, 13)]
+    assert [(token, weight) for token, weight, _ in policy.updates[0]] == [(t, 1 / 8) for t in (10, 11, 12, 13)]
+    assert learned.metrics["critic/num_updates"] == 1 and learned.metrics["critic/lr"] == 1e-5
+    assert learned.metrics["critic/return_mean"] == pytest.approx(3 / 8)
+    assert learner.state_dict()["critic"] == {"num_updates": 1, "nonfinite_in_a_row": 0}
+
+
+def test_the_critic_has_its_own_mini_batches_epochs_and_weights() -> None:
+    given = ("critic.ppo_mini_batch_size=1", "critic.ppo_epochs=2", "critic.loss_agg_mode=seq-mean-token-sum")
+    learned, policy, critic, _ = learn_with_critic(*given)
+    tokens = [[(token, weight) for token, weight, *_ in update] for update in critic.updates]
+    assert tokens == [[(10, 1 / 2), (11, 1 / 2)], [(12, 1 / 2), (13, 1 / 2)]] * 2
+    assert len(policy.updates) == 1 and learned.metrics["critic/loss"] == pytest.approx((1 + 2 + 3 + 4) / 4)
+
+
+def test_it_learns_alone_while_it_warms_up() -> None:
+    learned, policy, critic, _ = learn_with_critic("trainer.critic_warmup=2", step=2)
+    assert policy.updates == [] and len(critic.updates) == 1 and learned.updates == []
+    assert learned.metrics["stall/no_update"] == 0
+    _, policy, _, _ = learn_with_critic("trainer.critic_warmup=2", step=3)
+    assert len(policy.updates) == 1
+
+
+def test_a_masked_answer_teaches_neither() -> None:
+    batch = rollouts()
+    batch[0].samples[1].masked = True
+    learned, _, critic, _ = learn_with_critic(batch=batch)
+    assert [token for token, *_ in critic.updates[0]] == [10, 12, 13]
+    assert learned.rows[1].advantages == [0.0] * 4
+    raw = [0.9, 0.9, -0.12, 0.87]  # whitened without it
+    mean = sum(raw) / 4
+    std = (sum((one - mean) ** 2 for one in raw) / 3) ** 0.5
+    others = [one for i in (0, 2, 3) for one in learned.rows[i].advantages]
+    assert others == pytest.approx([(one - mean) / std for one in raw], rel=1e-6)
+
+
+def test_a_kl_in_the_reward_is_the_tokens_own() -> None:
+    """The reference is a nat below at every token: each token's reward is -0.1, and its return what is left of them."""
+    given = ("algorithm.use_kl_in_reward=True", "algorithm.kl_penalty=kl", "algorithm.kl_ctrl.kl_coef=0.1")
+    learned, _, _, _ = learn_with_critic(*given)
+    expected = [[0.8, 0.9], [-0.4, -0.3, -0.2, -0.1], [-0.1], [0.9]]
+    assert [row.returns for row in learned.rows] == [pytest.approx(one) for one in expected]
+
+
+def test_too_many_updates_of_the_critic_that_are_not_finite_end_the_run(tmp_path, monkeypatch) -> None:
+    from remax_megatron import critic_update
+    from remax_megatron.guards import NonFiniteError
+
+    kept = []
+    monkeypatch.setattr(
+        critic_update, "save_rows", lambda path, records, rank: kept.append((path.name, records)) or "x"
+    )
+    batch = rollouts()
+    batch[0].samples[0].reward = float("nan")
+    given = (f"trainer.default_local_dir={tmp_path}", "trainer.max_nonfinite_updates=1")
+    with pytest.raises(NonFiniteError, match="update 1 of the critic was skipped.*a lower critic.optim.lr"):
+        learn_with_critic(*given, batch=batch, skipped=True)
+    ((name, records),) = kept
+    assert name == "nonfinite-step1-critic1.jsonl" and records[0]["why"] == "returns[0] is nan" and len(records) == 4
