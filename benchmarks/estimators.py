@@ -17,7 +17,8 @@ Every method gets five answers per prompt: ReMax four samples and the greedy one
             GSM8K's lengths: prompts of about 100 tokens, answers up to 200.
 
 RESULT: states (weights, gradients, optimizer; counted by the doctor's ledger), time of a step, time to 90 % of the
-final accuracy and process memory of ReMax over PPO. Seconds are those of steps, without validation.
+final accuracy and process memory of ReMax over PPO. Seconds are those of steps, without validation, and of the first
+seed alone: while it runs nothing else should.
 """
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ class Curve:
     steps: list[int]
 
     @classmethod
-    def of(cls, records: Sequence[dict]) -> Curve:
+    def of(cls, records: Sequence[dict], timed: Sequence[dict]) -> Curve:
+        """The curve of the run `records`, with the seconds of the run `timed`."""
         curve, seconds, tokens = cls([], [], [], []), 0.0, 0.0
-        for record in records:
-            seconds += record.get("time/step_s", 0.0)
+        for record, time in zip(records, timed, strict=True):
+            seconds += time.get("time/step_s", 0.0)
             tokens += record.get("throughput/generated_tokens_per_s", 0.0) * record.get("time/rollout_s", 0.0)
             if "val/accuracy" in record:
                 for values, value in (
@@ -92,6 +94,11 @@ class Curve:
         """Where on `axis` it first reached `accuracy`; infinity where it never did."""
         reached = (at for at, value in zip(getattr(self, axis), self.accuracy, strict=True) if value >= accuracy)
         return next(reached, float("inf"))
+
+
+def curves_of(runs: Sequence[list[dict]]) -> list[Curve]:
+    """Of a method's runs, one for each seed."""
+    return [Curve.of(records, runs[0]) for records in runs]
 
 
 def run(folder: Path, settings: Sequence[str], steps: int) -> list[dict]:
@@ -144,7 +151,7 @@ def learn(work: Path, names: Sequence[str], seeds: Sequence[int], steps: int) ->
             given = [*METHODS[name], f"trainer.seed={seed}", "trainer.test_freq=2", "trainer.export_hf=False"]
             folder = work / "learn" / f"{name.lower().replace(', ', '-')}-{seed}"
             found[name].append(run(folder, [*given, *DEMO], steps))
-            curve = Curve.of(found[name][-1])
+            curve = curves_of(found[name])[-1]
             print(f"{name}, seed {seed}: {curve.accuracy[-1]:.1%} in {curve.seconds[-1]:.0f} s", flush=True)
     return found
 
@@ -161,7 +168,7 @@ def table(found: dict[str, list[list[dict]]]) -> Iterator[str]:
     yield "| method | after 10 steps | after 20 | at the end | steps to 95 % | seconds to 95 % | tokens to 95 % |"
     yield "|---|---|---|---|---|---|---|"
     for name, runs in found.items():
-        curves = [Curve.of(records) for records in runs]
+        curves = curves_of(runs)
         at = [
             span([c.accuracy[c.steps.index(step)] for c in curves], "{:.1%}") for step in (10, 20, curves[0].steps[-1])
         ]
@@ -174,17 +181,17 @@ def table(found: dict[str, list[list[dict]]]) -> Iterator[str]:
     yield f"| method | {' | '.join(f'{phase}, s' for phase in PHASES)} | process, GiB |"
     yield f"|{'---|' * (len(PHASES) + 2)}"
     for name, runs in found.items():
-        times = [statistics.median(median(r, f"time/{phase}_s") for r in runs) for phase in PHASES]
+        times = [median(runs[0], f"time/{phase}_s") for phase in PHASES]
         peak = max(record.get("memory/step_peak_gib", 0.0) for records in runs for record in records)
         yield f"| {name} | {' | '.join(f'{value:.2f}' for value in times)} | {peak:.2f} |"
 
 
 def compared(found: dict[str, list[list[dict]]], model: Path) -> dict[str, float]:
     """ReMax over PPO."""
-    curves = {name: [Curve.of(records) for records in found[name]] for name in ("ReMax", "PPO")}
+    curves = {name: curves_of(found[name]) for name in ("ReMax", "PPO")}
     final = min(statistics.mean(c.accuracy[-1] for c in of) for of in curves.values())
     to_90 = {name: statistics.mean(c.first(0.9 * final, "seconds") for c in of) for name, of in curves.items()}
-    step = {name: statistics.median(median(r, "time/step_s") for r in found[name]) for name in curves}
+    step = {name: median(found[name][0], "time/step_s") for name in curves}
     peak = {name: max(r["memory/step_peak_gib"] for records in found[name] for r in records[1:]) for name in curves}
     return {
         "states_vs_ppo": states(model, DEMO) / states(model, [*GAE, *DEMO]),
@@ -208,7 +215,7 @@ def picture(found: dict[str, list[list[dict]]], file: Path) -> None:
         strict=True,
     ):
         for name, runs in found.items():
-            curves = [Curve.of(records) for records in runs]
+            curves = curves_of(runs)
             x = np.mean([getattr(curve, axis) for curve in curves], axis=0)
             y = np.array([curve.accuracy for curve in curves])
             axes.plot(x, y.mean(axis=0), color=COLORS[name], linewidth=2, label=name)

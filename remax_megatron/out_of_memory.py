@@ -20,7 +20,16 @@ import torch
 import torch.distributed as dist
 
 from remax_megatron.config.rules import validate
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, ConfigError, recompute_of
+from remax_megatron.config.schema import (
+    ACTOR,
+    CRITIC_MEGATRON,
+    MEGATRON,
+    ROLLOUT,
+    Config,
+    ConfigError,
+    has_critic,
+    recompute_of,
+)
 from remax_megatron.config.setting import value_of
 from remax_megatron.doctor.findings import gb
 from remax_megatron.doctor.fitting import TP, with_setting
@@ -38,6 +47,7 @@ UNCOUNTED = ("trainer.async_save", "reward.num_workers", f"{ROLLOUT}.max_num_seq
 # The ledger's phases that a phase of the run goes through.
 COUNTED_AS = {
     "update": ("update", "optimizer"),
+    "critic": ("critic", "critic's optimizer"),
     "score": ("update",),
     "rollout": ("rollout",),
     "validation": ("rollout",),
@@ -126,7 +136,7 @@ def _changes(phase: str, config: Config, on_cpu: bool) -> Iterator[tuple[str, An
     """(key, value) of what may help in `phase`, where the ledger sees no difference the likeliest first."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     megatron = actor.megatron
-    if phase in ("update", "score", "step"):
+    if phase in ("update", "critic", "score", "step"):
         granularity = recompute_of(config).granularity
         longest = config.data.max_prompt_length + config.data.max_response_length
         if granularity != "full" and phase != "score":
@@ -158,6 +168,9 @@ def _changes(phase: str, config: Config, on_cpu: bool) -> Iterator[tuple[str, An
             yield from ((f"{MEGATRON}.{name}", True) for name in ("optimizer_offload", "grad_offload"))
     if not on_cpu:
         yield "actor_rollout_ref.ref.megatron.param_offload", True
+        if has_critic(config):
+            names = ("grad_offload", "optimizer_offload", "param_offload")
+            yield from ((f"{CRITIC_MEGATRON}.{name}", True) for name in names)
 
 
 def _host_changes(config: Config) -> Iterator[tuple[str, Any]]:

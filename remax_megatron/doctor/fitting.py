@@ -12,7 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from remax_megatron.config.rules import validate
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, ConfigError, expects_cpu, recompute_of
+from remax_megatron.config.schema import (
+    ACTOR,
+    CRITIC_MEGATRON,
+    MEGATRON,
+    ROLLOUT,
+    Config,
+    ConfigError,
+    expects_cpu,
+    has_critic,
+    recompute_of,
+)
 from remax_megatron.config.setting import set_value
 from remax_megatron.model_facts import ModelFacts
 
@@ -69,6 +79,8 @@ def _candidates(config: Config) -> Iterator[tuple[str, Any]]:
     lengths = [*fewer, longest] if actor.use_dynamic_bsz else []
     if not on_cpu:
         yield f"{MEGATRON}.grad_offload", True
+        if has_critic(config):
+            yield from ((f"{CRITIC_MEGATRON}.{name}_offload", True) for name in ("grad", "param"))
     yield from ((TOKENS, tokens) for tokens in lengths if 2 * tokens >= budget)
     if granularity == "none":
         yield GRANULARITY, "selective"
@@ -76,6 +88,8 @@ def _candidates(config: Config) -> Iterator[tuple[str, Any]]:
         yield CACHE, rollout.kv_cache_gib / 2
     else:
         yield f"{MEGATRON}.optimizer_offload", True
+        if has_critic(config):
+            yield f"{CRITIC_MEGATRON}.optimizer_offload", True
         for steps in range(math.ceil(rollout.gpu_memory_utilization / SHARE_STEP) - 1, 0, -1):
             yield SHARE, round(steps * SHARE_STEP, 2)
     if granularity != "full":

@@ -125,6 +125,16 @@ def test_smaller_buckets_and_a_smaller_engine_help_a_sync() -> None:
     ]
 
 
+def test_a_critic_may_wait_on_the_host() -> None:
+    """Of 7.6e9 parameters at TP 2 its gradients take 4 bytes, its weights 2, and of Adam's 12 a rank has a quarter."""
+    config = settings("algorithm.adv_estimator=gae", "actor_rollout_ref.model.enable_gradient_checkpointing=True")
+    first, second = advice("rollout", config, QWEN_7B, NUM_GPUS, on_cpu=False)
+    assert all("critic.megatron" in line or MEGATRON in line for line in (first, second)), (first, second)
+    made = ledger(config, QWEN_7B, NUM_GPUS)
+    assert made.phases["critic"]["critic's gradients"] == 2 * made.phases["critic"]["critic's weights"]
+    assert not {"critic", "critic's optimizer"} & set(ledger(settings(), QWEN_7B, NUM_GPUS).phases)
+
+
 def test_the_hosts_memory_is_another_matter() -> None:
     config = settings("trainer.async_save=True", f"{MEGATRON}.optimizer_offload=True")
     assert advice("save", config, QWEN_7B, NUM_GPUS, on_cpu=False, host_only=True) == [
