@@ -107,7 +107,7 @@ def test_each_correction_does_something(alone) -> None:
     assert (
         metrics["IcePop"]["importance/masked_below_share"] > 0.05 < metrics["IcePop"]["importance/masked_above_share"]
     )
-    assert 0.1 < metrics["rejected"]["rejection/rejected_share"] < 0.9
+    assert 0.1 < metrics["rejected"]["rejection/answer_share"] < 0.9
     names = list(plain)
     for one, other in zip(names, names[1:], strict=False):
         assert relative_difference(plain[one][1], plain[other][1]) > 0.05, (one, other)
