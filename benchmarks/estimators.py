@@ -50,17 +50,16 @@ PROMPTS, BATCHES = 64, 16  # of a step of `noise`, and steps
 STILL = 1e-12  # a learning rate with which no weight moves
 LONG_MODEL = (8, 512, 1536, 8, 4, 8192, True)  # 27 million parameters with its embedding
 LONG_PROMPT, LONG_ANSWER = 100, 200  # tokens
-GAE = ("algorithm.adv_estimator=gae", "critic.optim.lr=3e-4", "actor_rollout_ref.rollout.n=5")
 METHODS: dict[str, tuple[str, ...]] = {
     "ReMax": (),
     "ReMax, refill": ("algorithm.refill=True",),
     "RLOO": ("algorithm.adv_estimator=rloo", "actor_rollout_ref.rollout.n=5"),
     "GRPO": ("algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=5"),
     "REINFORCE": ("algorithm.adv_estimator=reinforce", "actor_rollout_ref.rollout.n=5"),
-    "PPO": GAE,
+    "PPO": ("algorithm.adv_estimator=gae", "critic.optim.lr=3e-4", "actor_rollout_ref.rollout.n=5"),
 }
 COLORS = dict(zip(METHODS, ("#2563eb", "#7c3aed", "#15803d", "#ca8a04", "#64748b", "#dc2626"), strict=True))
-STATES = ("weights", "gradients", "optimizer", "critic's weights", "critic's gradients", "critic's optimizer")
+STATES = ("weights", "gradients", "optimizer")
 PHASES = ("rollout", "reward", "score", "critic", "update", "sync", "step")
 
 
@@ -138,11 +137,17 @@ def fastest(records: Sequence[dict], phase: str) -> float:
     return min(record.get(f"time/{phase}_s", 0.0) for record in records if record["step"] > 1)
 
 
-def states(model: Path, settings: Sequence[str]) -> int:
+def states(model: Path, settings: Sequence[str]) -> dict[str, int]:
     """Bytes of weights, gradients and optimizers on a rank, as tests prove the ledger counts them."""
     config = load_config("demo", list(settings)).config
     terms = ledger(config, ModelFacts.from_folder(model), RANKS, on_cpu=True).phases["rollout"]
-    return sum(terms.get(name, 0) for name in STATES)
+    return {name: terms.get(name, 0) + terms.get(f"critic's {name}", 0) for name in STATES}
+
+
+def states_vs_ppo(model: Path, settings: Sequence[str]) -> float:
+    """Of ReMax over PPO."""
+    remax, ppo = (sum(states(model, [*METHODS[name], *settings]).values()) for name in ("ReMax", "PPO"))
+    return remax / ppo
 
 
 # -- learn -------------------------------------------------------------------------------------------------------------
@@ -161,8 +166,8 @@ def learn(work: Path, names: Sequence[str], seeds: Sequence[int], steps: int) ->
     return found
 
 
-def table(found: dict[str, list[list[dict]]]) -> Iterator[str]:
-    """Markdown: means over the seeds, and the lowest and highest."""
+def table(found: dict[str, list[list[dict]]], model: Path) -> Iterator[str]:
+    """Markdown: means over the seeds, and the lowest and highest; seconds and memory of the first seed."""
 
     def span(values: Sequence[float], form: str) -> str:
         if max(values) == float("inf"):
@@ -183,12 +188,19 @@ def table(found: dict[str, list[list[dict]]]) -> Iterator[str]:
         ]
         yield f"| {name} | {' | '.join([*at, *to])} |"
     yield ""
-    yield f"| method | {' | '.join(f'{phase}, s' for phase in PHASES)} | process, GiB |"
-    yield f"|{'---|' * (len(PHASES) + 2)}"
+    yield f"| seconds of a step | {' | '.join(PHASES)} |"
+    yield f"|{'---|' * (len(PHASES) + 1)}"
     for name, runs in found.items():
         times = [median(runs[0], f"time/{phase}_s") for phase in PHASES]
-        peak = max(record.get("memory/step_peak_gib", 0.0) for records in runs for record in records)
-        yield f"| {name} | {' | '.join(f'{value:.2f}' for value in times)} | {peak:.2f} |"
+        yield f"| {name} | {' | '.join(f'{value:.2f}' for value in times)} |"
+    yield ""
+    peaks = ("rollout", "update", "sync")
+    yield f"| memory of a rank | {', MB | '.join(STATES)}, MB | process, GiB: {' | '.join(peaks)} |"
+    yield f"|{'---|' * (len(STATES) + len(peaks) + 1)}"
+    for name, runs in found.items():
+        sizes = [f"{size / 1e6:.2f}" for size in states(model, [*METHODS[name], *DEMO]).values()]
+        process = [f"{max(r.get(f'memory/{one}_peak_gib', 0.0) for r in runs[0]):.2f}" for one in peaks]
+        yield f"| {name} | {' | '.join([*sizes, *process])} |"
 
 
 def compared(found: dict[str, list[list[dict]]], model: Path) -> dict[str, float]:
@@ -199,7 +211,7 @@ def compared(found: dict[str, list[list[dict]]], model: Path) -> dict[str, float
     step = {name: median(found[name][0], "time/step_s") for name in curves}
     peak = {name: max(r["memory/step_peak_gib"] for records in found[name] for r in records[1:]) for name in curves}
     return {
-        "states_vs_ppo": states(model, DEMO) / states(model, [*GAE, *DEMO]),
+        "states_vs_ppo": states_vs_ppo(model, DEMO),
         "step_time_vs_ppo": step["ReMax"] / step["PPO"],
         "time_to_90_vs_ppo": to_90["ReMax"] / to_90["PPO"],
         "process_memory_vs_ppo": peak["ReMax"] / peak["PPO"],
@@ -323,7 +335,7 @@ def long(work: Path, demo_model: Path, steps: int = 3) -> dict[str, float]:
         print(f"{name}, 27M: {lengths}", *(f"{p} {fastest(records, p):.2f} s" for p in PHASES), flush=True)
     peak = {name: max(record["memory/step_peak_gib"] for record in records[1:]) for name, records in found.items()}
     return {
-        "long_states_vs_ppo": states(model, given) / states(model, [*GAE, *given]),
+        "long_states_vs_ppo": states_vs_ppo(model, given),
         "long_step_time_vs_ppo": fastest(found["ReMax"], "step") / fastest(found["PPO"], "step"),
         "long_process_memory_vs_ppo": peak["ReMax"] / peak["PPO"],
     }
@@ -351,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result: dict[str, float] = {}
     if "learn" in options.parts:
         found = learn(options.work, options.only, options.seeds, options.steps)
-        lines = list(table(found))
+        lines = list(table(found, model))
         print("\n".join(lines), flush=True)
         details["table"] = lines
         if {"ReMax", "PPO"} <= set(options.only):

@@ -27,7 +27,7 @@ def build(folder: str, device, pp: int, overlap: str):
     from remax_megatron.config.schema import Actor
     from remax_megatron.model_facts import ModelFacts
     from remax_megatron.parallel.layout import init_model_parallel
-    from remax_megatron.policy import policy
+    from remax_megatron.policy import policy, trained_model
     from remax_megatron.policy.settings import PolicySettings
 
     actor = Actor()
@@ -37,8 +37,8 @@ def build(folder: str, device, pp: int, overlap: str):
     layout = init_model_parallel(device, tp=1, pp=pp, vpp=None, seed=1)
     facts = ModelFacts.from_folder(folder)
     with pytest.MonkeyPatch.context() as patch:
-        small = functools.partial(policy.DistributedDataParallelConfig, bucket_size=BUCKET)
-        patch.setattr(policy, "DistributedDataParallelConfig", small)
+        small = functools.partial(trained_model.DistributedDataParallelConfig, bucket_size=BUCKET)
+        patch.setattr(trained_model, "DistributedDataParallelConfig", small)
         return policy.Policy(facts, layout, PolicySettings(actor), folder)
 
 

@@ -67,9 +67,9 @@ def accumulation_lost() -> Iterator[None]:
 @contextmanager
 def sequence_parallel_mark_lost() -> Iterator[None]:
     """The gradients of the fused norms are then not summed over the tensor-parallel ranks."""
-    from remax_megatron.policy import policy
+    from remax_megatron.policy import trained_model
 
-    real = policy.fuse_weight_gradients
+    real = trained_model.fuse_weight_gradients
 
     def losing(chunks):
         for name, parameter in (named for chunk in chunks for named in chunk.named_parameters()):
@@ -77,7 +77,7 @@ def sequence_parallel_mark_lost() -> Iterator[None]:
                 parameter.sequence_parallel = False
         real(chunks)
 
-    with mock.patch.object(policy, "fuse_weight_gradients", losing):
+    with mock.patch.object(trained_model, "fuse_weight_gradients", losing):
         yield
 
 
