@@ -22,6 +22,7 @@ CPU_STACK := $(VENV)/.installed
 GPU_STACK := $(VENV)/.installed-gpu
 STAMP := $(or $(wildcard $(GPU_STACK)),$(CPU_STACK))
 TEST_STACK := .venv-gpu/.installed
+FAKE_STACK := .venv-gpu/.installed-without-engine
 TE_LAYERS := .te/.installed
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -qq $(if $(EXTRA_INDEX),--extra-index-url "$(EXTRA_INDEX)")
 INSTALL_GPU = PYTHON="$(PYTHON_GPU)" EXTRA_INDEX="$(EXTRA_INDEX)" TE="$(TE)" requirements/install_gpu.sh
@@ -91,6 +92,15 @@ $(TEST_STACK): requirements/gpu.txt requirements/install_gpu.sh pyproject.toml
 	@LEAVE_OUT=flashinfer-cubin $(INSTALL_GPU) $(@D)
 	@touch $@
 
+# The fake device needs no engine, and so not what comes with one.
+ENGINE := vllm|flashinfer-python|flashinfer-cubin|tokenspeed-triton|nvidia-cutlass-dsl.*|tilelang|xgrammar|opencv-python-headless
+ENGINE := $(ENGINE)|mistral-common|z3-solver|numba|llvmlite|openai|anthropic|torchvision|torchaudio|pycountry|wandb|outlines.*
+$(FAKE_STACK): TE := 0
+$(FAKE_STACK): requirements/gpu.txt requirements/install_gpu.sh pyproject.toml
+	@rm -f $@
+	@LEAVE_OUT="$(ENGINE)" $(INSTALL_GPU) $(@D)
+	@touch $@
+
 demo: $(STAMP)
 	$(BIN)/python -m remax_megatron.demo.prepare
 	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --rdzv-conf join_timeout=120,read_timeout=120 \
@@ -128,11 +138,11 @@ $(TE_LAYERS): requirements/gpu.txt
 test-te: $(STAMP) $(TE_LAYERS)
 	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile tests/te $(PYTEST_ARGS)
 
-test-fake-gpu: $(TEST_STACK) $(TE_LAYERS)
+test-fake-gpu: $(or $(wildcard $(TEST_STACK)),$(FAKE_STACK)) $(TE_LAYERS)
 	$(IN_TEMPORARY) $(<D)/bin/python -m pytest -n 2 --dist loadfile tests/fake_cuda $(PYTEST_ARGS)
 
 # What a GPU would have to do in a training step, counted without one.
-gpu-counts: $(TEST_STACK) $(TE_LAYERS)
+gpu-counts: $(or $(wildcard $(TEST_STACK)),$(FAKE_STACK)) $(TE_LAYERS)
 	@$(<D)/bin/python -m benchmarks.gpu_counts $(ARGS)
 
 # tests/vllm_cuda runs vLLM's GPU worker on a stand-in for the device, and so in a process of its own.

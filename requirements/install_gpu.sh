@@ -5,7 +5,7 @@
 #
 #   PYTHON       interpreter that makes VENV, Python 3.12          (default: the one that PATH or pyenv has)
 #   TE           0: without Transformer Engine                     (default 1)
-#   LEAVE_OUT    one more package that is left out                 (default none)
+#   LEAVE_OUT    packages that are left out, as NAME|NAME          (default none)
 #   EXTRA_INDEX  one more package index                            (default none)
 #   MAX_JOBS     compilers at once; each takes up to 2 GB          (default 8, or the cores if fewer)
 #
@@ -49,7 +49,7 @@ say "$venv"
 "$python" -m venv "$venv"
 rest=$(mktemp)
 trap 'rm -f "$rest"' EXIT
-grep -vE "$transformer_engine${LEAVE_OUT:+|^$LEAVE_OUT==}" "$requirements" >"$rest"
+grep -vE "$transformer_engine${LEAVE_OUT:+|^($LEAVE_OUT)==}" "$requirements" >"$rest"
 say "$requirements"
 pip_install -qq -r "$rest"
 say remax-megatron
