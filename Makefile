@@ -45,7 +45,8 @@ help:
 	@echo "make test-all         the same and those marked slow: what a test shows, on more layouts and with more kills"
 	@echo "make test-fast        the tests that start no ranks and no runs"
 	@echo "make test-te          Transformer Engine's layers on a CPU, by a stand-in for its compiled half"
-	@echo "make test-fake-gpu    the trainer on fake CUDA tensors: all ranks of a world, syncs, kernels, memory (Python 3.12)"
+	@echo "make test-fake-gpu    the trainer on fake CUDA tensors: all ranks of a world, syncs, kernels, memory (Python 3.12);"
+	@echo "                      with PYTEST_ARGS=\"-m slow\" the large worlds and the other shapes and layouts"
 	@echo "make test-gpu-stack   the same tests on the packages of the GPU stack, on CPUs, less those of vLLM's CPU engine"
 	@echo "make test-gpu         the tests that need a GPU, on the installed GPU stack"
 	@echo "make gpu-counts       host syncs, kernels, peak memory of a step, counted: ARGS=\"--preset NAME --layers KIND\""
@@ -139,7 +140,7 @@ test-te: $(STAMP) $(TE_LAYERS)
 	$(IN_TEMPORARY) $(BIN)/pytest -n 2 --dist loadfile tests/te $(PYTEST_ARGS)
 
 test-fake-gpu: $(or $(wildcard $(TEST_STACK)),$(FAKE_STACK)) $(TE_LAYERS)
-	$(IN_TEMPORARY) $(<D)/bin/python -m pytest -n 2 --dist loadfile tests/fake_cuda $(PYTEST_ARGS)
+	$(IN_TEMPORARY) $(<D)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" tests/fake_cuda $(PYTEST_ARGS)
 
 # What a GPU would have to do in a training step, counted without one.
 gpu-counts: $(or $(wildcard $(TEST_STACK)),$(FAKE_STACK)) $(TE_LAYERS)

@@ -20,10 +20,13 @@ def jobs(case: Case) -> list[Job]:
     )
 
 
+EVERYDAY = [CASES[i] for i in (1, 7, 9, 12)]
+
+
 @functools.cache
-def counted(layers: str) -> dict[Case, list[int]]:
-    """The peaks on a rank of each stage, of all cases with such layers: played together, they keep all cores busy."""
-    cases = [case for case in CASES if case.layers == layers]
+def counted(layers: str, everyday: bool) -> dict[Case, list[int]]:
+    """The peaks on a rank of each stage, of all such cases: played together, they keep all cores busy."""
+    cases = [case for case in CASES if case.layers == layers and (case in EVERYDAY) == everyday]
     by_case = [jobs(case) for case in cases]
     flat = [job for part in by_case for job in part]
     reports = iter(play_each(flat, transformer_engine=layers == TE, timeout_s=900))
@@ -42,7 +45,7 @@ def with_critic(case: Case) -> Config:
     return config
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[9]], ids=str)
+@pytest.mark.parametrize("case", [CASES[1], pytest.param(CASES[9], marks=pytest.mark.slow)], ids=str)
 def test_the_peaks_of_a_critic(case: Case):
     """Of its own update and of the policy's beside it, on one stage, within 5 %."""
     config, facts = with_critic(case), FACTS[case.model]
@@ -56,10 +59,12 @@ def test_the_peaks_of_a_critic(case: Case):
     assert of_policy == pytest.approx(counted, rel=0.05), made.phases["update"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [one if one in EVERYDAY else pytest.param(one, marks=pytest.mark.slow) for one in CASES], ids=str
+)
 def test_the_peak_of_an_update(case: Case):
     """Within 5 % on every stage, and the counts that other tests and docs/memory.md name are these."""
-    peaks = counted(case.layers)[case]
+    peaks = counted(case.layers, case in EVERYDAY)[case]
     for made, peak in zip(case.ledgers(), peaks, strict=True):
         assert max(made.peak("update"), made.peak("optimizer")) == pytest.approx(peak, rel=0.05), made.phases["update"]
     assert peaks == pytest.approx(list(case.counted), rel=0.005)

@@ -94,14 +94,17 @@ def meet(reports: list[Report]) -> int:
 
 
 # Key-value heads are fewer than TP: 2 of the tied model at TP 4, 4 of the untied one at TP 8.
-WHOLE = [
+EVERYDAY = [
     World(overrides=(*SAVE, *OFFLOADS)),
     World(tp=2, tied=True, overrides=(*in_loss("full"), REFERENCE_OFFLOAD), lengths=UNEVEN),
     World(tp=2, dp=2, te=True, overrides=(*SAVE_BESIDE, *OFFLOADS, *in_loss("k1")), lengths=UNEVEN),
     World(dp=4, overrides=(*updates_of(1), *in_loss("abs")), act=refuse),
+    World(tp=2, pp=2, vpp=2, te=True, tied=True, overrides=(*SAVE_BESIDE, *in_reward("kl"))),
+    World(pp=2, dp=2, overrides=(*PPO, *SAVE, *CRITIC_OFFLOADS, *filled(8)), lengths=UNEVEN),
+]
+LARGE = [
     World(tp=4, dp=2, te=True, tied=True, overrides=(*updates_of(1), *in_reward("low_var_kl"), REFERENCE_OFFLOAD)),
     World(tp=2, pp=2, dp=2, overrides=(*SAVE, *OFFLOADS, *filled(8), *in_loss("mse+")), lengths=UNEVEN),
-    World(tp=2, pp=2, vpp=2, te=True, tied=True, overrides=(*SAVE_BESIDE, *in_reward("kl"))),
     World(pp=2, vpp=2, dp=4, overrides=(*updates_of(1), "data.train_batch_size=4"), lengths=UNEVEN),
     World(pp=4, dp=2, tied=True, overrides=(*in_reward("full"), *NO_OVERLAP, *filled(6)), act=refuse),
     World(tp=8, overrides=(*in_loss("low_var_kl+"), *OFFLOADS)),
@@ -117,7 +120,7 @@ SAMPLED = [
 ]
 
 
-@pytest.mark.parametrize("world", WHOLE, ids=str)
+@pytest.mark.parametrize("world", [*EVERYDAY, *(pytest.param(one, marks=pytest.mark.slow) for one in LARGE)], ids=str)
 def test_whole_worlds(world: World) -> None:
     """Nothing is unequal, nothing is left over, and the guard refused what it should."""
     reports = world.play()
@@ -125,6 +128,7 @@ def test_whole_worlds(world: World) -> None:
     assert {report.result.num_refused for report in reports} == {1 if world.act is refuse else 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", SAMPLED, ids=str)
 def test_samples_of_large_worlds(world: World) -> None:
     reports = world.play(world.sample)

@@ -1,8 +1,3 @@
-"""PPO's actor and critic on Transformer Engine's layers: the tests of Megatron's local ones, run on them."""
+"""PPO's actor and critic on Transformer Engine's layers: the test of Megatron's local ones, run on them."""
 
-from tests.policy.test_critic import (  # noqa: F401
-    expected,
-    folders,
-    test_every_layout_is_plain_torch,
-    test_weights_wait_on_the_host,
-)
+from tests.policy.test_critic import expected, folders, test_every_layout_is_plain_torch  # noqa: F401
