@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {"ground", "rewards", "config", "parallel", "instruments", "policy"},
     "checkpoint": {"ground", "weights", "config", "parallel", "policy", "rollout"},
     "start": {"ground", "weights", "rewards", "data", "config", "parallel", "instruments", "checkpoint"},
-    "plan": {"ground", "batching", "weights", "config", "rollout"},
+    "plan": {"ground", "algorithm", "batching", "weights", "config", "rollout"},
     "doctor": {"ground", "weights", "config", "parallel", "rollout", "start", "plan"},
 }
 
@@ -96,6 +96,7 @@ LIBRARIES = {
 # (Room, room below it) -> what of the lower one the upper one may import, where that is not all of it.
 PARTS = {
     # The planner answers without torch: of what lies below it takes what is pure.
+    ("plan", "algorithm"): {"algorithm.estimators"},
     ("plan", "batching"): {"batching.schedule"},
     ("plan", "weights"): {"weights.buckets", "weights.weight_table"},
     ("plan", "rollout"): {"rollout.memory"},
