@@ -36,6 +36,8 @@ from remax_megatron.weights.weight_table import EMBEDDING, owner, padded_vocab_s
 BYTES = {"float32": (4, 8), "bfloat16": (2, 12)}
 GRADIENT = 4  # bytes, of either
 ASSUMED_CARD = 80 * 10**9  # bytes, where there is no GPU to ask
+MORE_CHECKPOINTS = 2  # beside max_ckpt_to_keep: the best, and the one being written
+CARD_MARGIN = 0.9  # of a card; what the ledger does not count needs the rest
 MIB = 2**20
 HEAD_TILE = 64 * MIB  # bytes of a tile of float32 logits on a GPU; algorithm.logprob
 CUBLAS_WORKSPACE = 32 * MIB  # Transformer Engine's, on sm90: cpp_extensions/gemm.py
@@ -126,13 +128,16 @@ def full_micro_batch(config: Config, world_size: int) -> MicroBatch:
     return MicroBatch(tokens=tokens, scored=int(tokens * answer / per_row), count=max(1, count))
 
 
-def installed_stack(config: Config, on_cpu: bool = False) -> Stack:
-    """What `config` runs on, as far as it depends on what is installed here; nothing is imported."""
+def installed_stack(config: Config, on_cpu: bool = False, has_te: bool | None = None) -> Stack:
+    """What `config` runs on, as far as it depends on what is installed here; nothing is imported. `has_te` says whether
+    Transformer Engine is on the machine of the run, None: as here."""
     megatron, actor = config.actor_rollout_ref.actor.megatron, config.actor_rollout_ref.actor
     if on_cpu:
         return Stack("local", "sdpa", fused_adam=False, on_cpu=True)
     rounded = megatron.dtype == "bfloat16"  # model.layers and model.attention keep float32 from Transformer Engine
-    has_te = importlib.util.find_spec("transformer_engine") is not None or megatron.layers == "transformer_engine"
+    if has_te is None:
+        has_te = importlib.util.find_spec("transformer_engine") is not None
+    has_te |= megatron.layers == "transformer_engine"
     layers, attention = megatron.layers, megatron.attention_backend
     if layers == "auto":
         layers = "transformer_engine" if has_te and rounded else "local"
@@ -151,6 +156,31 @@ def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> tup
         if entry.megatron_name == EMBEDDING and facts.tied_embeddings and pp > 1:
             held[-1] += size
     return tuple(held)
+
+
+def disk_bytes(config: Config, facts: ModelFacts) -> tuple[int, int]:
+    """Bytes on disk of all checkpoints that are kept at once, and of the exported model."""
+    trainer, count = config.trainer, sum(parameters(facts))
+    weight, state = BYTES[config.actor_rollout_ref.actor.megatron.dtype]
+    kept = (trainer.max_ckpt_to_keep + MORE_CHECKPOINTS) * (trainer.save_freq > 0)
+    return kept * count * (weight + state), count * weight * trainer.export_hf
+
+
+def gb(size: float) -> str:
+    """Write bytes in decimal, as graphics cards and disks are sold."""
+    return f"{size / 1e9:.1f} GB" if abs(size) >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def table(made: Ledger) -> str:
+    """Write the ledger in GB, a line per term and a column per phase."""
+    rows = {
+        name: [phase.get(name, 0) for phase in made.phases.values()] for phase in made.phases.values() for name in phase
+    }
+    rows["in all"] = [made.peak(phase) for phase in made.phases]
+    sizes = ([name, *(f"{size / 1e9:.1f}" if size else "" for size in row)] for name, row in rows.items())
+    cells = [["GB", *made.phases], *sizes]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
 
 
 def engine_weights(config: Config, facts: ModelFacts) -> int:
