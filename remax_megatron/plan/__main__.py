@@ -25,6 +25,7 @@ from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.rules import validate
 from remax_megatron.config.schema import Config, ConfigError, expects_cpu
+from remax_megatron.config.setting import value_of
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan import gpus
 from remax_megatron.plan.calibrate import Calibration, calibrate, read_run
@@ -134,9 +135,8 @@ def headline(question: Question) -> Iterator[str]:
     calibration = question.calibration
     if calibration.before:
         yield "calibrated; mean error of each phase's time before and after, on the runs that were fitted:"
-        said = (
-            f"{name} {calibration.before[name]:.0%} -> {calibration.after[name]:.0%}" for name in calibration.before
-        )
+        after = calibration.after
+        said = (f"{name} {error:.0%} -> {after[name]:.0%}" for name, error in calibration.before.items())
         yield f"  {', '.join(said)}"
 
 
@@ -149,15 +149,12 @@ def memory_lines(question: Question, made: Memory) -> Iterator[str]:
     yield f"the engine's share: {engine}"
     asleep = "not known before a run" if machine.asleep is None else f"{gb(machine.asleep)} measured"
     yield (
-        f"not counted, of {gb(machine.gpu.memory - made.limit)} that are left for it: contexts, communicators, fragments, "
+        f"not counted, of {gb(machine.gpu.memory - made.limit)} left for it: contexts, communicators, fragments, "
         f"what the engine keeps asleep ({asleep})"
     )
     checkpoints, export = disk_bytes(config, facts)
-    host = (
-        ""
-        if machine.on_cpu
-        else f"host memory of offloads {gb(host_bytes(config, facts, question.world_size))} per node; "
-    )
+    offloaded = host_bytes(config, facts, question.world_size)
+    host = "" if machine.on_cpu else f"host memory of offloads {gb(offloaded)} per node; "
     yield f"{host}disk: checkpoints {gb(checkpoints)}, exported model {gb(export)}"
     if made.fits:
         yield f"fits: {made.phase} leaves {gb(made.headroom)} of {gb(made.limit)}"
@@ -218,8 +215,6 @@ def search(question: Question, world_size: int) -> Search:
 
 def overrides(suggestion: Suggestion, config: Config) -> list[str]:
     """Write a suggestion as key=value, without what `config` has already."""
-    from remax_megatron.config.setting import value_of
-
     changed = {key: value for key, value in suggestion.changes.items() if value_of(config, key) != value}
     return [f"{key}={'null' if value is None else value}" for key, value in changed.items()]
 

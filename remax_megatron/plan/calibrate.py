@@ -27,6 +27,7 @@ from remax_megatron.plan.parts import Efficiencies
 from remax_megatron.plan.step_time import StepTime, step_time
 
 WARM_UP = 2  # steps that are left out where there are more than twice as many: they open connections and compile
+ASSUMED = Efficiencies()
 HOLD = 0.1  # weight of a coefficient's relative change in the least squares
 # The phase whose ratio scales an efficiency. Those that are not named are scaled by no phase alone.
 OWN = {
@@ -74,9 +75,8 @@ class Run:
 
     def seconds(self) -> dict[str, float]:
         """Give the median seconds of each phase, none in another's."""
-        of = {
-            name: self.median(f"time/{name}_s") for name in ("rollout", "reward", "score", "critic", "update", "sync")
-        }
+        names = ("rollout", "reward", "score", "critic", "update", "sync")
+        of = {name: self.median(f"time/{name}_s") for name in names}
         moved = {name: self.median(f"time/{name}_s") for name in ("restore", "offload")}
         of["update"] -= of["score"] + of["critic"] + moved["restore"]
         of["sync"] -= moved["offload"]
@@ -120,7 +120,7 @@ def read_run(path: str | Path) -> Run:
     return Run(str(path), config, facts, tuple(kept))
 
 
-def calibrate(runs: Sequence[Run], gpu: Gpu, start: Efficiencies = Efficiencies()) -> Calibration:
+def calibrate(runs: Sequence[Run], gpu: Gpu, start: Efficiencies = ASSUMED) -> Calibration:
     """Fit the efficiencies to `runs` on devices `gpu`, from `start`."""
     modelled = [run.modelled(gpu) for run in runs]
     measured = [run.seconds() for run in runs]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def lengths_named(name: str) -> Lengths:
     )
 
 
-def of_metrics(source: str, steps: Sequence[dict[str, Any]], answers_per_step: int | None = None) -> Lengths:
+def of_metrics(source: str, steps: Sequence[Mapping[str, Any]], answers_per_step: int | None = None) -> Lengths:
     """Make log-normal lengths with the mean and the spread of a run's `steps`, records of metrics.jsonl.
 
     `answers_per_step`, where it is known, tells the mean prompt from `batch/num_tokens`; else prompts have 100 tokens.

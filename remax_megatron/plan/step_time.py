@@ -219,6 +219,7 @@ class Model:
         self.per_node = config.trainer.n_gpus_per_node
 
     def step(self) -> StepTime:
+        """Model all phases."""
         update, passes = self.update()
         rollout, decoded = self.answers()
         phases = {"rollout": rollout, "reward": self.rewards(), "score": self.scoring()}
@@ -332,6 +333,7 @@ class Model:
         return groups[: math.ceil(self.trained_share * len(groups) / parts)]
 
     def update(self) -> tuple[Phase, Pass]:
+        """All optimizer steps of a batch, and the passes of one of them."""
         times = self.num_updates()
         made = self.passes(self.mini_batch(), forward_only=False)
         parts = [*self.pass_parts(made, False, times), *self.exchange_parts(made, times)]
@@ -370,6 +372,7 @@ class Model:
         return Phase.of(self.pass_parts(self.passes(self.batch.groups, True), True, times))
 
     def critic(self) -> Phase:
+        """The updates of PPO's critic."""
         settings = copy.copy(self.config)
         settings.actor_rollout_ref = copy.copy(self.config.actor_rollout_ref)
         settings.actor_rollout_ref.actor = critic_as_actor(self.config)
@@ -387,8 +390,7 @@ class Model:
     # -- sync ----------------------------------------------------------------------------------------------------------
 
     def sync(self) -> Phase:
-        """The stream of weights.buckets, and the canary: prompts scored and continued by the engine, then scored by the
-        policy."""
+        """The stream of weights.buckets, and the canary."""
         element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
         whole = element * num_stream_elements(self.facts)
         buckets = plan_buckets(self.facts, self.tp, self.pp, self.vpp, element, self.rollout.sync_bucket_mb * MIB)
@@ -406,6 +408,7 @@ class Model:
         )
 
     def canary(self) -> Sequence[Part]:
+        """Its prompts are scored and continued by the engine."""
         longest = min(CANARY_TOKENS, self.config.data.max_prompt_length)
         made = decode(((longest, CANARY_STEPS),) * CANARIES, self.rollout.max_num_seqs, 2**62)
         steps = engine_step_parts(self.config, self.facts, self.gpu, made)

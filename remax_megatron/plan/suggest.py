@@ -66,7 +66,7 @@ class Search:
         stages = [pp for pp in range(1, MOST_STAGES + 1) if self.facts.num_layers % pp == 0]
         for tp, pp in product(_divisors(per_node), stages):
             if self.world_size % (tp * pp) == 0:
-                changes = {TP: tp, PP: pp, f"{MEGATRON}.sequence_parallel": tp > 1}
+                changes: dict[str, Any] = {TP: tp, PP: pp, f"{MEGATRON}.sequence_parallel": tp > 1}
                 if value_of(config, f"{MEGATRON}.virtual_pipeline_model_parallel_size") is not None:
                     changes[f"{MEGATRON}.virtual_pipeline_model_parallel_size"] = None
                 if is_valid(self._with(config, changes | {TOKENS: _rounded(2**20, tp)}), self.facts, self.world_size):
