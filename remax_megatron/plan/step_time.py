@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -47,6 +47,7 @@ from remax_megatron.weights.weight_table import weight_table
 CANARIES, CANARY_STEPS = 8, 32  # prompts of rollout.bridge, and tokens that continue each
 # Bytes per parameter of Adam's step: reads gradient, master and two moments, writes master, moments and the weight.
 ADAM_TRAFFIC = 4 * 7 + 2
+UNIT = 1024  # tokens of a row by which flops.py is asked
 COPIES = 4  # times a weight crosses the memory: gathered, put together, copied to the new module, copied over the old
 PASSES_OF_LAYER = {"none": 3, "selective": 3, "full": 4}  # forward, backward at twice its kernels, recompute
 
@@ -158,14 +159,26 @@ class _Rows(NamedTuple):
 
 
 @cache
+def _sizes(groups: tuple[RowGroup, ...]) -> np.ndarray:
+    """[3, groups]: tokens, squares, and scored positions."""
+    return np.array([(g.tokens, g.squares, sum(g.response_tokens)) for g in groups], dtype=float).reshape(-1, 3).T
+
+
+@cache
 def _flops(rows: _Rows) -> np.ndarray:
-    """[3, groups]: layers forward, layers of an update with what is recomputed, and the head forward."""
+    """[3, groups]: layers forward, layers of an update with what is recomputed, and the head forward.
+
+    Counts of flops.py are linear in tokens, squares and scored positions; two rows of prompt alone tell both slopes.
+    """
     forward, update = ForwardFlops.of(rows.facts), UpdateFlops(rows.facts, rows.recompute, num_chunks=rows.chunks)
-    of_each = []
-    for group in rows.groups:
-        head = forward.logits([group])
-        of_each.append((forward.layers([group]), update.hardware([group]) - 4 * head, head))
-    return np.array(of_each, dtype=float).T
+    tokens, squares, scored = _sizes(rows.groups)
+
+    def of_layers(count: Callable[[Sequence[RowGroup]], int]) -> np.ndarray:
+        short, twice = count([RowGroup(UNIT, ())]), count([RowGroup(2 * UNIT, ())])
+        of_square = (twice - 2 * short) / (2 * UNIT**2)
+        return (short / UNIT - of_square * UNIT) * tokens + of_square * squares
+
+    return np.stack([of_layers(forward.layers), of_layers(update.hardware), forward.head * scored])
 
 
 @cache
@@ -177,7 +190,7 @@ def _pass(rows: _Rows, tp: int, pp: int, vpp: int, dp: int, budget: int, by_rows
     budget, by_rows  those of `_schedule`
     forward_only     nothing goes backward
     """
-    tokens = np.array([group.tokens for group in rows.groups], dtype=np.int64)
+    tokens = _sizes(rows.groups)[0].astype(np.int64)
     schedule = _schedule(tuple(tokens.tolist()), dp, budget, by_rows, pp if vpp > 1 else 1, rows.facts)
     forward, update, head = _flops(rows)
     of_row = (forward / pp + head if forward_only else update / pp + 4 * head) / tp
