@@ -163,14 +163,17 @@ def _with(efficiencies: Efficiencies, coefficients: Mapping[str, float]) -> Effi
 def _by_ratios(
     modelled: Sequence[StepTime], measured: Sequence[Mapping[str, float]], start: Efficiencies
 ) -> Efficiencies:
-    """Each phase's own coefficients times the median over the runs of measured over modelled seconds."""
+    """Each phase's own coefficients times the median over the runs of what was measured over what they make, both
+    without the parts that are other phases'."""
     fitted = start
     for phase, names in OWN.items():
-        ratios = [
-            seen[phase] / made.phases[phase].seconds(fitted)
-            for made, seen in zip(modelled, measured, strict=True)
-            if phase in made.phases and seen.get(phase, 0) > 0
-        ]
+        ratios = []
+        for made, seen in zip(modelled, measured, strict=True):
+            if phase not in made.phases or seen.get(phase, 0) <= 0:
+                continue
+            own = sum(part.seconds(fitted) for part in made.phases[phase].parts if part.field in names)
+            foreign = made.phases[phase].seconds(fitted) - own
+            ratios.append(max(seen[phase] - foreign, 0.1 * own) / own)
         if ratios:
             ratio = float(np.median(ratios))
             fitted = _with(fitted, {name: ratio * _coefficient(fitted, name) for name in names})

@@ -23,7 +23,7 @@ class Efficiencies:
     decode_bandwidth: float = 0.65
     # Of the links' rate, collectives of training: what NCCL's tests are known to reach of NVLink, assumed for networks.
     exchange_bandwidth: float = 0.75
-    # Of the memory's rate, Adam's step: assumed.
+    # Of the memory's rate, Adam's step, and weights and gradients that every micro-batch passes over: assumed.
     optimizer_bandwidth: float = 0.7
     # Of the memory's rate, weights on their way into the engine: the target of docs/gpu.md.
     stream_bandwidth: float = 0.5

@@ -32,7 +32,7 @@ def tensor_parallel(tp: int) -> list[str]:
 
 
 def a_run(folder: Path, *overrides: str, truth: Efficiencies = TRUTH, beside: float = 1.5) -> Path:
-    """A run's folder as the model says it would be under `truth`; each phase takes `beside` GiB more than is counted."""
+    """A run's folder as the model says it would be under `truth`; an update takes `beside` GiB more than is counted."""
     folder.mkdir()
     config = load_config("qwen2_5_7b", ["data.train_batch_size=128", *overrides]).config
     (folder / "config.yaml").write_text(to_yaml(config))

@@ -51,7 +51,7 @@ def test_a_batch_of_answers_shrinks():
     assert made.steps.tolist() == [10, 10, 20] and made.running.tolist() == [2, 2, 1]
     # Tokens in the cache at the middle: 10 + 2 x 5; 5 + 10 of the second, 5 of the third, + 2 x 5; 15 + 10.
     assert made.context.tolist() == [20, 30, 25]
-    assert decode(((5, 10), (5, 20), (5, 30)), 4, 40).running.tolist() == [2, 2, 1]  # the cache holds two
+    assert decode(((5, 10), (5, 20), (5, 30)), 4, 60).running.tolist() == [2, 2, 1]  # the cache holds two
     assert decode(((5, 10),) * 8, 8, 10**6).tail_steps == 0
     assert decode(((5, 10),) * 9 + ((5, 100),), 10, 10**6).tail_steps == 90
 
