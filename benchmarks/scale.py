@@ -204,16 +204,8 @@ def measure(folder: Path) -> None:
             raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
 
 
-def on_shared_cores(run: Run) -> gpus.Gpu:
-    """The device of one of its ranks: a core, or its part of one where ranks share it."""
-    share = min(1.0, len(os.sched_getaffinity(0)) / run.world_size)
-    core = gpus.GPUS["cpu-core"]
-    names = ("peak_flops", "memory_rate", "node_rate", "network_rate", "host_rate")
-    return dataclasses.replace(core, **{name: share * getattr(core, name) for name in names})
-
-
 def slowed(run: Run) -> Run:
-    """The run as one whose ranks have a core each: what is counted per step, not by rates, is scaled by its seconds."""
+    """The run as if each of its ranks had a core of its own: its seconds times the part of a core that each had."""
     share = min(1.0, len(os.sched_getaffinity(0)) / run.world_size)
     steps = tuple(
         {key: value * share if key.startswith("time/") else value for key, value in step.items()} for step in run.steps
@@ -254,13 +246,17 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help="a folder to make the runs in")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--sizes", type=lambda text: tuple(map(int, text.split(","))), default=SIZES)
+    parser.add_argument("--models", type=lambda text: text.split(","), default=list(PRESETS), help="of 7B,14B,32B")
+    parser.add_argument(
+        "--answers", type=lambda text: text.split(","), default=list(ANSWERS), help="of gsm8k,math,long"
+    )
     options = parser.parse_args()
     details: dict[str, Any] = {"machine": machine(), "gpu": GPU.name}
     print(f"machine: {details['machine']}\nmodelled, not measured on a GPU: {GPU.name}", flush=True)
     rows = []
     for weak in (True, False):
-        for size in PRESETS:
-            for answers in ANSWERS:
+        for size in options.models:
+            for answers in options.answers:
                 for world_size in options.sizes:
                     prompts = PROMPTS_PER_GPU * world_size if weak else STRONG
                     row = simulated(size, answers, world_size, prompts)

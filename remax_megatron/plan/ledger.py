@@ -28,7 +28,7 @@ from functools import cache
 
 from remax_megatron.config.schema import Config, critic_as_actor, has_critic, needs_reference, recompute_of
 from remax_megatron.model_facts import ModelFacts
-from remax_megatron.rollout.memory import canary_bytes, largest_module_bytes
+from remax_megatron.rollout.memory import CANARY_TOKENS, NUM_CANARIES, NUM_GENERATED, canary_bytes, largest_module_bytes
 from remax_megatron.weights.buckets import peak_elements, plan_buckets
 from remax_megatron.weights.weight_table import EMBEDDING, owner, padded_vocab_size, shard_shape, weight_table
 
@@ -39,7 +39,7 @@ ASSUMED_CARD = 80 * 10**9  # bytes, where there is no GPU to ask
 MORE_CHECKPOINTS = 2  # beside max_ckpt_to_keep: the best, and the one being written
 CARD_MARGIN = 0.9  # of a card; what the ledger does not count needs the rest
 MIB = 2**20
-HEAD_TILE = 64 * MIB  # bytes of a tile of float32 logits on a GPU; algorithm.logprob
+HEAD_TILE, HEAD_TILE_ON_CPU = 64 * MIB, 8 * MIB  # bytes of a tile of float32 logits; algorithm.logprob
 CUBLAS_WORKSPACE = 32 * MIB  # Transformer Engine's, on sm90: cpp_extensions/gemm.py
 
 
@@ -211,7 +211,7 @@ class _Rank:
         megatron = config.actor_rollout_ref.actor.megatron
         self.config, self.facts, self.megatron, self.batch, self.stack = config, facts, megatron, batch, stack
         self.rollout = config.actor_rollout_ref.rollout
-        self.card, self.stage = card, stage
+        self.card, self.stage, self.world_size = card, stage, world_size
         self.tp, self.pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
         self.vpp = megatron.virtual_pipeline_model_parallel_size or 1
         self.count = parameters(facts, self.tp, self.pp, self.vpp)[stage]
@@ -309,8 +309,14 @@ class _Rank:
         }
 
     def canary(self) -> dict[str, int]:
-        """vLLM makes the log-probabilities of a whole prompt at once, beside what it has set aside."""
-        return {"logits of the canary": canary_bytes(self.facts, self.config.data.max_prompt_length)}
+        """vLLM makes the log-probabilities of a whole prompt at once, beside what it has set aside. Then the policy
+        scores the prompts and continuations of all replicas: a layer's MLP, its norms and the residual stream."""
+        longest = min(CANARY_TOKENS, self.config.data.max_prompt_length)
+        tp, dp = self.rollout.tensor_model_parallel_size, self.world_size // (self.tp * self.pp)
+        rows = -(-NUM_CANARIES * max(1, self.world_size // tp) // dp)
+        tokens = min(rows * (longest + NUM_GENERATED), self.batch.tokens)
+        logits, scoring = canary_bytes(self.facts, longest), tokens * (self.mlp() + 4 * self.stream())
+        return {"scoring of the canary": scoring} if scoring > logits else {"logits of the canary": logits}
 
     # -- forward and backward --------------------------------------------------------------------------------------
 
@@ -429,6 +435,8 @@ class _Rank:
         if self.facts.value_head:
             return scored * hidden * (self.element + 4)
         height = max(1, min(self.megatron.logprob_chunk_size, scored))
-        width = HEAD_TILE // (4 * max(height, 1024))
+        tile = HEAD_TILE_ON_CPU if self.stack.on_cpu else HEAD_TILE
+        rows = padded_vocab_size(self.facts.vocab_size, self.tp) // self.tp
+        width = min(max(tile // (4 * max(height, 1024)), 128), rows)
         tile = height * width * (4 + self.element)
         return scored * hidden * (self.element + 4) + self.vocabulary() + 4 * width * hidden + tile

@@ -39,12 +39,11 @@ from remax_megatron.plan.gpus import Gpu
 from remax_megatron.plan.ledger import BYTES, GRADIENT, MIB, parameters
 from remax_megatron.plan.lengths import Lengths
 from remax_megatron.plan.parts import Efficiencies, Part, Phase
-from remax_megatron.rollout.memory import CANARY_TOKENS
+from remax_megatron.rollout.memory import CANARY_TOKENS, NUM_CANARIES, NUM_GENERATED
 from remax_megatron.types import Recompute
 from remax_megatron.weights.buckets import num_stream_elements, plan_buckets
 from remax_megatron.weights.weight_table import weight_table
 
-CANARIES, CANARY_STEPS = 8, 32  # prompts of rollout.bridge, and tokens that continue each
 # Bytes per parameter of Adam's step: reads gradient, master and two moments, writes master, moments and the weight.
 ADAM_TRAFFIC = 4 * 7 + 2
 UNIT = 1024  # tokens of a row by which flops.py is asked
@@ -427,6 +426,6 @@ class Model:
     def canary(self) -> Sequence[Part]:
         """Its prompts are scored and continued by the engine."""
         longest = min(CANARY_TOKENS, self.config.data.max_prompt_length)
-        made = decode(((longest, CANARY_STEPS),) * CANARIES, self.rollout.max_num_seqs, 2**62)
+        made = decode(((longest, NUM_GENERATED),) * NUM_CANARIES, self.rollout.max_num_seqs, 2**62)
         steps = engine_step_parts(self.config, self.facts, self.gpu, made)
         return [part._replace(name="canary") for part in steps]
