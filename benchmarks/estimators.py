@@ -41,9 +41,9 @@ from random_model import config_of, make_folder
 from remax_megatron.config.load import load_config
 from remax_megatron.demo.warm_start import ensure_policy
 from remax_megatron.demo.word_problems import ensure_data
-from remax_megatron.doctor.ledger import ledger
 from remax_megatron.metrics import read_metrics
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.plan.ledger import ledger
 
 RANKS = 2
 PROMPTS, BATCHES = 64, 16  # of a step of `noise`, and steps

@@ -36,8 +36,8 @@ from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.rules import validate
 from remax_megatron.config.schema import MEGATRON, Config, ConfigError
-from remax_megatron.doctor.fitting import with_setting
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.plan.fitting import with_setting
 from tests.stand_ins.fake_cuda.models import FACTS, facts_of
 from tests.stand_ins.fake_cuda.processes import Job, Report, play_each
 
@@ -234,17 +234,17 @@ def result(all_counts: Sequence[Counts], ledger_bytes: int) -> str:
 
 def ledger(config: Config, facts: ModelFacts, row: tuple[int, int] | None = None) -> int:
     """Bytes that the doctor expects an update to take, its optimizer step included, for the micro-batches counted."""
-    from remax_megatron.doctor import ledger as doctor
+    from remax_megatron.plan import ledger as planner
 
     megatron, (rows, (prompt, answer)) = config.actor_rollout_ref.actor.megatron, full_rows(config, row)
     with_te = megatron.layers == "transformer_engine"
-    stack = doctor.installed_stack(config)
+    stack = planner.installed_stack(config)
     if not with_te and not config.actor_rollout_ref.actor.share_prompts and megatron.dtype == "bfloat16":
-        stack = doctor.Stack("local", "varlen", fused_adam=False)
-    batch = doctor.MicroBatch(rows * (prompt + answer), rows * answer, 2 * megatron.pipeline_model_parallel_size)
+        stack = planner.Stack("local", "varlen", fused_adam=False)
+    batch = planner.MicroBatch(rows * (prompt + answer), rows * answer, 2 * megatron.pipeline_model_parallel_size)
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     held = with_setting(config, f"{MEGATRON}.optimizer_offload", False)  # nothing is released before this update
-    made = doctor.ledger(held, facts, ranks, batch=batch, stack=stack)
+    made = planner.ledger(held, facts, ranks, batch=batch, stack=stack)
     return max(made.peak("update"), made.peak("optimizer"))
 
 

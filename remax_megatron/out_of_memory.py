@@ -31,12 +31,11 @@ from remax_megatron.config.schema import (
     recompute_of,
 )
 from remax_megatron.config.setting import value_of
-from remax_megatron.doctor.findings import gb
-from remax_megatron.doctor.fitting import TP, with_setting
-from remax_megatron.doctor.ledger import ASSUMED_CARD, Ledger, ledger
 from remax_megatron.doctor.machine import host_memory
 from remax_megatron.gauges import resident_bytes
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.plan.fitting import TP, with_setting
+from remax_megatron.plan.ledger import ASSUMED_CARD, Ledger, gb, ledger
 
 HOST_TEXTS = ("DefaultCPUAllocator: can't allocate memory",)  # a RuntimeError, c10/core/impl/alloc_cpu.cpp, torch 2.13
 # RuntimeErrors of CUDA, NCCL and vLLM's allocator, and of cuBLAS when its workspace does not fit.

@@ -15,9 +15,9 @@ from step import draw_rows
 from gpu_parts.part import Numbers, Part
 from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.config.schema import Config, recompute_of
-from remax_megatron.doctor.ledger import MicroBatch, ledger
 from remax_megatron.flops import RowGroup, UpdateFlops, peak_bf16_tflops
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.plan.ledger import MicroBatch, ledger
 from remax_megatron.types import Row
 
 SHAPES = ("1.5b", "3b", "0.5b")  # the first two have a target

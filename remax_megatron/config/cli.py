@@ -40,6 +40,7 @@ usage:
   python -m remax_megatron.config.cli [--config-name NAME] [key=value ...]    check the settings, run nothing
   python -m remax_megatron.config.cli --data [--config-name NAME] [key=value ...]      and every row of the data
   python -m remax_megatron.doctor [--config-name NAME] [key=value ...]        check the machine, too; see its docstring
+  python -m remax_megatron.plan [--config-name NAME] [key=value ...]          memory and time of a step, modelled
 
 RANKS is trainer.n_gpus_per_node of the preset; with several nodes add torchrun's --nnodes and --rdzv-endpoint.
 

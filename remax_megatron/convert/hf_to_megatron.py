@@ -31,6 +31,7 @@ from remax_megatron.weights.hf_folder import (
     side_files,
 )
 from remax_megatron.weights.megatron_folder import TRACKER
+from remax_megatron.weights.shards import RowRun, row_runs
 from remax_megatron.weights.tensor_manifest import write_manifest
 from remax_megatron.weights.torch_dist import saved_key
 from remax_megatron.weights.torch_dist_writer import (
@@ -43,7 +44,7 @@ from remax_megatron.weights.torch_dist_writer import (
     metadata,
     object_item,
 )
-from remax_megatron.weights.weight_table import RowRun, WeightEntry, padded_vocab_size, row_runs, weight_table
+from remax_megatron.weights.weight_table import WeightEntry, padded_vocab_size, weight_table
 
 ITERATION_FOLDER = "iter_0000000"
 MAX_FILE_BYTES = 2 * 10**9

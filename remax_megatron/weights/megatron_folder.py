@@ -17,8 +17,9 @@ from torch import Tensor
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.weights.hf_folder import FolderError, HfWeights, check_folder, expected_shapes
 from remax_megatron.weights.mapped import Extent, MappedFiles
+from remax_megatron.weights.shards import row_runs
 from remax_megatron.weights.torch_dist import TorchDist, saved_key
-from remax_megatron.weights.weight_table import WeightEntry, row_runs, weight_table
+from remax_megatron.weights.weight_table import WeightEntry, weight_table
 
 TRACKER = "latest_checkpointed_iteration.txt"
 OTHER_CONFIG = "use the config.json that the model was trained with"

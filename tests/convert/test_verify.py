@@ -17,7 +17,7 @@ from torch import Tensor
 
 from remax_megatron.convert import copying, hf_to_megatron, logits, megatron_to_hf, roundtrip, verify
 from remax_megatron.model_facts import ModelFacts
-from remax_megatron.weights.weight_table import to_megatron
+from remax_megatron.weights.shards import to_megatron
 from tests.convert.folders import (
     BF16,
     FP32,
@@ -247,7 +247,7 @@ def test_logits_show_a_wrong_weight_table(tmp_path: Path, monkeypatch: pytest.Mo
         mixed = {name: parts[other] for name, other in zip(entry.hf_names, names, strict=True)}
         return to_megatron(entry, mixed, *args)
 
-    monkeypatch.setattr("remax_megatron.weights.weight_table.to_megatron", swapped)
+    monkeypatch.setattr("remax_megatron.weights.shards.to_megatron", swapped)
     hf_to_megatron.convert(source, tmp_path / "megatron")
     assert verify.compare(source, tmp_path / "megatron").differences == []
     assert logits.max_logit_difference(source, tmp_path / "megatron") > 1e-3

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.gpu_counts import Counts, stage_jobs
 from remax_megatron.config.schema import Config
-from remax_megatron.doctor.fitting import with_setting
-from remax_megatron.doctor.ledger import ledger
-from tests.doctor.ledger_cases import CASES, FACTS, TE, Case
+from remax_megatron.plan.fitting import with_setting
+from remax_megatron.plan.ledger import ledger
+from tests.plan.ledger_cases import CASES, FACTS, TE, Case
 from tests.stand_ins.fake_cuda.processes import Job, play_each
 
 

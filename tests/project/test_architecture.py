@@ -62,7 +62,8 @@ ALLOWED: dict[str, set[str]] = {
     "rollout": {"ground", "rewards", "config", "parallel", "instruments", "policy"},
     "checkpoint": {"ground", "weights", "config", "parallel", "policy", "rollout"},
     "start": {"ground", "weights", "rewards", "data", "config", "parallel", "instruments", "checkpoint"},
-    "doctor": {"ground", "weights", "config", "parallel", "rollout", "start"},
+    "plan": {"ground", "algorithm", "batching", "weights", "config", "rollout"},
+    "doctor": {"ground", "weights", "config", "parallel", "rollout", "start", "plan"},
 }
 
 # Library -> the rooms (or single modules) that may import it.
@@ -94,6 +95,11 @@ LIBRARIES = {
 
 # (Room, room below it) -> what of the lower one the upper one may import, where that is not all of it.
 PARTS = {
+    # The planner answers without torch: of what lies below it takes what is pure.
+    ("plan", "algorithm"): {"algorithm.estimators"},
+    ("plan", "batching"): {"batching.schedule"},
+    ("plan", "weights"): {"weights.buckets", "weights.weight_table"},
+    ("plan", "rollout"): {"rollout.memory"},
     # The policy computes log-probabilities and gradients. What a loss, a clip, a KL or a weight is, algorithm/ says.
     ("policy", "algorithm"): {
         "algorithm.logprob",

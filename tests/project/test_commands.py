@@ -49,6 +49,9 @@ HOW = (  # the first row that a command begins with
     ("python -m benchmarks.gpu ", GPU),  # test_gpu_benchmark.py runs it without one
     ("for layers in local transformer_engine; do ", ELSEWHERE),  # make gpu-counts, in an environment of its own
     ("python -m remax_megatron.doctor --config-name qwen2_5_", GPU),
+    ("python -m remax_megatron.plan --config-name qwen2_5_14b --calibrate ", GPU),  # test_calibrate.py
+    ("python -m remax_megatron.plan ", RUN),
+    ("python -m benchmarks.scale ", ELSEWHERE),  # test_scale.py runs a part of it
     ("python -m remax_megatron.config.cli --config-name qwen2_5_", HUB),
     ("python -m remax_megatron.data.gsm8k --local_dir ~/data/gsm8k --from_jsonl ", RUN),
     ("python -m remax_megatron.data.", HUB),
@@ -133,7 +136,7 @@ def test_test_files_and_job_scripts_exist():
 
 @pytest.mark.parametrize(
     "command",
-    [c for c in COMMANDS if re.search(r"-m remax_megatron(\.config\.cli|\.doctor)? |^sbatch ", c.text)],
+    [c for c in COMMANDS if re.search(r"-m remax_megatron(\.config\.cli|\.doctor|\.plan)? |^sbatch ", c.text)],
     ids=name,
 )
 def test_the_settings_of_a_run_are_valid(command):

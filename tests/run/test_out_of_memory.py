@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from remax_megatron.config.load import load_config
-from remax_megatron.doctor.fitting import with_setting
-from remax_megatron.doctor.ledger import ledger
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import OutOfMemory, advice, exhausted, explained, record_history
+from remax_megatron.plan.fitting import with_setting
+from remax_megatron.plan.ledger import ledger
 from tests.parallel.test_failure import overrides
 
 QWEN_7B = ModelFacts(

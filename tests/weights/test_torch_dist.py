@@ -20,9 +20,10 @@ from remax_megatron.convert import hf_to_megatron
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.weights.mapped import Extent, MappedFiles, blocks
 from remax_megatron.weights.megatron_folder import MegatronWeights
+from remax_megatron.weights.shards import to_megatron
 from remax_megatron.weights.torch_dist import saved_key
 from remax_megatron.weights.torch_dist_writer import item_wrapper, object_item
-from remax_megatron.weights.weight_table import to_megatron, weight_table
+from remax_megatron.weights.weight_table import weight_table
 from tests import ROOT
 from tests.convert.folders import BF16, FP16, FP32, SIDE_FILES, SMALL_VOCAB, as_bytes, load, there, write_model
 

@@ -13,19 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.weights.shards import RowRun, row_runs, shard_runs, to_hf, to_megatron
 from remax_megatron.weights.weight_table import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
-    RowRun,
     WeightEntry,
     owner,
     padded_vocab_size,
-    row_runs,
-    shard_runs,
     shard_shape,
-    to_hf,
-    to_megatron,
     weight_table,
 )
 from tests.small_models import make_qwen2

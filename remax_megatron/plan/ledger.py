@@ -28,14 +28,18 @@ from functools import cache
 
 from remax_megatron.config.schema import Config, critic_as_actor, has_critic, needs_reference, recompute_of
 from remax_megatron.model_facts import ModelFacts
-from remax_megatron.rollout.memory import canary_bytes, largest_module_bytes
+from remax_megatron.rollout.memory import CANARY_TOKENS, NUM_CANARIES, NUM_GENERATED, canary_bytes, largest_module_bytes
+from remax_megatron.weights.buckets import peak_elements, plan_buckets
+from remax_megatron.weights.weight_table import EMBEDDING, owner, padded_vocab_size, shard_shape, weight_table
 
 # Bytes of one parameter: its weight; Adam's two moments, and the fp32 master where the weight is not its own.
 BYTES = {"float32": (4, 8), "bfloat16": (2, 12)}
 GRADIENT = 4  # bytes, of either
 ASSUMED_CARD = 80 * 10**9  # bytes, where there is no GPU to ask
+MORE_CHECKPOINTS = 2  # beside max_ckpt_to_keep: the best, and the one being written
+CARD_MARGIN = 0.9  # of a card; what the ledger does not count needs the rest
 MIB = 2**20
-HEAD_TILE = 64 * MIB  # bytes of a tile of float32 logits on a GPU; algorithm.logprob
+HEAD_TILE, HEAD_TILE_ON_CPU = 64 * MIB, 8 * MIB  # bytes of a tile of float32 logits; algorithm.logprob
 CUBLAS_WORKSPACE = 32 * MIB  # Transformer Engine's, on sm90: cpp_extensions/gemm.py
 
 
@@ -124,13 +128,16 @@ def full_micro_batch(config: Config, world_size: int) -> MicroBatch:
     return MicroBatch(tokens=tokens, scored=int(tokens * answer / per_row), count=max(1, count))
 
 
-def installed_stack(config: Config, on_cpu: bool = False) -> Stack:
-    """What `config` runs on, as far as it depends on what is installed here; nothing is imported."""
+def installed_stack(config: Config, on_cpu: bool = False, has_te: bool | None = None) -> Stack:
+    """What `config` runs on, as far as it depends on what is installed here; nothing is imported. `has_te` says whether
+    Transformer Engine is on the machine of the run, None: as here."""
     megatron, actor = config.actor_rollout_ref.actor.megatron, config.actor_rollout_ref.actor
     if on_cpu:
         return Stack("local", "sdpa", fused_adam=False, on_cpu=True)
     rounded = megatron.dtype == "bfloat16"  # model.layers and model.attention keep float32 from Transformer Engine
-    has_te = importlib.util.find_spec("transformer_engine") is not None or megatron.layers == "transformer_engine"
+    if has_te is None:
+        has_te = importlib.util.find_spec("transformer_engine") is not None
+    has_te |= megatron.layers == "transformer_engine"
     layers, attention = megatron.layers, megatron.attention_backend
     if layers == "auto":
         layers = "transformer_engine" if has_te and rounded else "local"
@@ -142,8 +149,6 @@ def installed_stack(config: Config, on_cpu: bool = False) -> Stack:
 @cache
 def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> tuple[int, ...]:
     """Parameters of a rank of each pipeline stage: padding of the vocabulary and the last one's tied head included."""
-    from remax_megatron.weights.weight_table import EMBEDDING, owner, shard_shape, weight_table
-
     held = [0] * pp
     for entry in weight_table(facts):
         size = math.prod(shard_shape(entry, facts, tp))
@@ -151,6 +156,31 @@ def parameters(facts: ModelFacts, tp: int = 1, pp: int = 1, vpp: int = 1) -> tup
         if entry.megatron_name == EMBEDDING and facts.tied_embeddings and pp > 1:
             held[-1] += size
     return tuple(held)
+
+
+def disk_bytes(config: Config, facts: ModelFacts) -> tuple[int, int]:
+    """Bytes on disk of all checkpoints that are kept at once, and of the exported model."""
+    trainer, count = config.trainer, sum(parameters(facts))
+    weight, state = BYTES[config.actor_rollout_ref.actor.megatron.dtype]
+    kept = (trainer.max_ckpt_to_keep + MORE_CHECKPOINTS) * (trainer.save_freq > 0)
+    return kept * count * (weight + state), count * weight * trainer.export_hf
+
+
+def gb(size: float) -> str:
+    """Write bytes in decimal, as graphics cards and disks are sold."""
+    return f"{size / 1e9:.1f} GB" if abs(size) >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def table(made: Ledger) -> str:
+    """Write the ledger in GB, a line per term and a column per phase."""
+    rows = {
+        name: [phase.get(name, 0) for phase in made.phases.values()] for phase in made.phases.values() for name in phase
+    }
+    rows["in all"] = [made.peak(phase) for phase in made.phases]
+    sizes = ([name, *(f"{size / 1e9:.1f}" if size else "" for size in row)] for name, row in rows.items())
+    cells = [["GB", *made.phases], *sizes]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells)
 
 
 def engine_weights(config: Config, facts: ModelFacts) -> int:
@@ -181,7 +211,7 @@ class _Rank:
         megatron = config.actor_rollout_ref.actor.megatron
         self.config, self.facts, self.megatron, self.batch, self.stack = config, facts, megatron, batch, stack
         self.rollout = config.actor_rollout_ref.rollout
-        self.card, self.stage = card, stage
+        self.card, self.stage, self.world_size = card, stage, world_size
         self.tp, self.pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
         self.vpp = megatron.virtual_pipeline_model_parallel_size or 1
         self.count = parameters(facts, self.tp, self.pp, self.vpp)[stage]
@@ -268,19 +298,25 @@ class _Rank:
         return int(self.rollout.gpu_memory_utilization * self.card)
 
     def buckets(self) -> dict[str, int]:
-        """Of the weight stream (model.live_weights): two buckets, or the largest tensor and one rank's share of it. And
-        the module that vLLM builds anew from them before it replaces the old one."""
+        """Of the weight stream (weights.buckets, which it sends). And the module that vLLM builds anew from them before
+        it replaces the old one."""
         element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
-        largest = element * self.facts.hidden_size * max(self.facts.vocab_size, 2 * self.facts.ffn_hidden_size)
-        share = largest // self.tp * (self.tp > 1)
+        bucket_bytes = self.rollout.sync_bucket_mb * MIB
+        planned = plan_buckets(self.facts, self.tp, self.pp, self.vpp, element, bucket_bytes)
         return {
-            "buckets": max(2 * self.rollout.sync_bucket_mb * MIB, largest + share),
+            "buckets": element * peak_elements(planned, self.tp, self.pp),
             "module of the engine": largest_module_bytes(self.facts, self.rollout.tensor_model_parallel_size, element),
         }
 
     def canary(self) -> dict[str, int]:
-        """vLLM makes the log-probabilities of a whole prompt at once, beside what it has set aside."""
-        return {"logits of the canary": canary_bytes(self.facts, self.config.data.max_prompt_length)}
+        """vLLM makes the log-probabilities of a whole prompt at once, beside what it has set aside. Then the policy
+        scores the prompts and continuations of all replicas: a layer's MLP, its norms and the residual stream."""
+        longest = min(CANARY_TOKENS, self.config.data.max_prompt_length)
+        tp, dp = self.rollout.tensor_model_parallel_size, self.world_size // (self.tp * self.pp)
+        rows = -(-NUM_CANARIES * max(1, self.world_size // tp) // dp)
+        tokens = min(rows * (longest + NUM_GENERATED), self.batch.tokens)
+        logits, scoring = canary_bytes(self.facts, longest), tokens * (self.mlp() + 4 * self.stream())
+        return {"scoring of the canary": scoring} if scoring > logits else {"logits of the canary": logits}
 
     # -- forward and backward --------------------------------------------------------------------------------------
 
@@ -390,8 +426,6 @@ class _Rank:
 
     def vocabulary(self) -> int:
         """Bytes of a rank's rows of the embedding or of the head."""
-        from remax_megatron.weights.weight_table import padded_vocab_size
-
         return self.element * self.facts.hidden_size * padded_vocab_size(self.facts.vocab_size, self.tp) // self.tp
 
     def head(self) -> int:
@@ -401,6 +435,8 @@ class _Rank:
         if self.facts.value_head:
             return scored * hidden * (self.element + 4)
         height = max(1, min(self.megatron.logprob_chunk_size, scored))
-        width = HEAD_TILE // (4 * max(height, 1024))
+        tile = HEAD_TILE_ON_CPU if self.stack.on_cpu else HEAD_TILE
+        rows = padded_vocab_size(self.facts.vocab_size, self.tp) // self.tp
+        width = min(max(tile // (4 * max(height, 1024)), 128), rows)
         tile = height * width * (4 + self.element)
         return scored * hidden * (self.element + 4) + self.vocabulary() + 4 * width * hidden + tile

@@ -30,6 +30,7 @@ TOKENS = f"{ACTOR}.ppo_max_token_len_per_gpu"
 GRANULARITY = f"{MEGATRON}.override_transformer_config.recompute_granularity"
 TP = f"{MEGATRON}.tensor_model_parallel_size"
 SHARE = f"{ROLLOUT}.gpu_memory_utilization"
+ROLLOUT_TP = f"{ROLLOUT}.tensor_model_parallel_size"
 CACHE = f"{ROLLOUT}.kv_cache_gib"
 TOKEN_STEP = 1000
 SHARE_STEP = 0.05
@@ -95,4 +96,10 @@ def _candidates(config: Config) -> Iterator[tuple[str, Any]]:
     if granularity != "full":
         yield GRANULARITY, "full"
     yield from ((TOKENS, tokens) for tokens in lengths if 2 * tokens < budget)
-    yield TP, 2 * actor.megatron.tensor_model_parallel_size
+    for times in (2, 4, 8):
+        yield TP, times * actor.megatron.tensor_model_parallel_size
+    # An engine whose share does not hold its weights and a cache: more of the card, or of the cards.
+    share = rollout.gpu_memory_utilization
+    larger = () if on_cpu else range(1, int((0.9 - share) / SHARE_STEP) + 1)
+    yield from ((SHARE, round(share + SHARE_STEP * steps, 2)) for steps in larger)
+    yield from ((ROLLOUT_TP, times * rollout.tensor_model_parallel_size) for times in (2, 4, 8))

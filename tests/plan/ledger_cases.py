@@ -1,7 +1,7 @@
 """Settings that took no part in the making of the ledger's formulas, and the bytes that were counted for them.
 
 The counts are those of tests/fake_cuda/test_ledger.py, which makes them anew on fake CUDA tensors;
-tests/doctor/test_ledger.py takes them from here.
+tests/plan/test_ledger.py takes them from here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from remax_megatron.config.load import load_config
 from remax_megatron.config.schema import Config
-from remax_megatron.doctor.ledger import Ledger, MicroBatch, Stack, ledger
+from remax_megatron.plan.ledger import Ledger, MicroBatch, Stack, ledger
 from tests.stand_ins.fake_cuda.models import FACTS
 
 MEGATRON = "actor_rollout_ref.actor.megatron"

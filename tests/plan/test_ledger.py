@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from remax_megatron.config.load import load_config
-from remax_megatron.doctor.ledger import Ledger, MicroBatch, Stack, full_micro_batch, ledger, parameters
+from remax_megatron.plan.ledger import Ledger, MicroBatch, Stack, full_micro_batch, ledger, parameters
 from tests import ROOT
-from tests.doctor.ledger_cases import CASES, FACTS, MEGATRON, RECOMPUTE, Case
+from tests.plan.ledger_cases import CASES, FACTS, MEGATRON, RECOMPUTE, Case
 
 LOCAL, TE = Stack("local", "varlen", fused_adam=False), Stack("transformer_engine", "transformer_engine", True)
 GB = 1e9
@@ -108,11 +108,15 @@ def test_the_micro_batch_is_full_of_the_longest_rows():
 
 
 def test_sync_and_canary():
-    """Twice 1 GiB, or the whole embedding and one of two ranks' share; the engine's half; 255 prompt tokens' logits."""
+    """At TP 2: the whole embedding, of which the engine still has the last tensor, beside the share and both gathered
+    parts of the next bucket, or of one norm where buckets are small; the engine's half; 255 prompt tokens' logits."""
     phases = made().phases
     embedding = 2 * 152064 * 3584
-    assert phases["sync"]["buckets"] == 2 * 2**30
-    assert made("actor_rollout_ref.rollout.sync_bucket_mb=100").phases["sync"]["buckets"] == embedding * 3 // 2
+    norm, qkv, bias, proj = 3584, (28 + 2 * 4) * 128 * 3584 // 2, (28 + 2 * 4) * 128 // 2, 3584 * 3584 // 2
+    first = norm + qkv + bias + proj + norm + 18944 * 3584  # a layer without its last matrix
+    assert phases["sync"]["buckets"] == embedding + 2 * 3 * first
+    small = made("actor_rollout_ref.rollout.sync_bucket_mb=100").phases["sync"]["buckets"]
+    assert small == embedding + 2 * 2 * norm
     assert phases["sync"]["module of the engine"] == embedding // 2
     assert phases["canary"]["logits of the canary"] == int(2.5 * 4 * 255 * 152064)
     assert phases["sync"]["engine"] == 0.4 * 80e9
