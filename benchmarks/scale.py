@@ -247,9 +247,7 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--sizes", type=lambda text: tuple(map(int, text.split(","))), default=SIZES)
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(PRESETS), help="of 7B,14B,32B")
-    parser.add_argument(
-        "--answers", type=lambda text: text.split(","), default=list(ANSWERS), help="of gsm8k,math,long"
-    )
+    parser.add_argument("--answers", type=lambda text: text.split(","), default=list(ANSWERS))
     options = parser.parse_args()
     details: dict[str, Any] = {"machine": machine(), "gpu": GPU.name}
     print(f"machine: {details['machine']}\nmodelled, not measured on a GPU: {GPU.name}", flush=True)

@@ -315,7 +315,9 @@ class _Rank:
         tp, dp = self.rollout.tensor_model_parallel_size, self.world_size // (self.tp * self.pp)
         rows = -(-NUM_CANARIES * max(1, self.world_size // tp) // dp)
         tokens = min(rows * (longest + NUM_GENERATED), self.batch.tokens)
-        logits, scoring = canary_bytes(self.facts, longest), tokens * (self.mlp() + 4 * self.stream())
+        tokens //= self.pp if self.vpp > 1 else 1  # so many micro-batches at least
+        whole = self.element * self.facts.hidden_size * (self.cut > 1)  # before a row-parallel layer scatters it
+        logits, scoring = canary_bytes(self.facts, longest), tokens * (self.mlp() + 4 * self.stream() + whole)
         return {"scoring of the canary": scoring} if scoring > logits else {"logits of the canary": logits}
 
     # -- forward and backward --------------------------------------------------------------------------------------

@@ -149,6 +149,7 @@ def played() -> dict[Layout, list[Report]]:
     return {layout: [next(reports) for _ in jobs] for layout, jobs in zip(LAYOUTS, by_layout, strict=True)}
 
 
+@pytest.mark.timeout(900)  # the first of them plays all
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_what_is_planned_is_allocated(layout: Layout) -> None:
     """Weights, gradients and optimizer to the byte; the peaks of update and sync within 10 %."""
@@ -167,6 +168,7 @@ def test_what_is_planned_is_allocated(layout: Layout) -> None:
         assert sync == pytest.approx(report.phases["sync"].peak_bytes, rel=0.1), made.phases["sync"]
 
 
+@pytest.mark.timeout(900)
 def test_the_ranks_of_1024_devices_are_built() -> None:
     """32B at TP 8, PP 4 and DP 32: one rank of each stage is built and holds what is planned, to the byte."""
     layout = Layout("32b", tp=8, pp=4, dp=32, recompute="full", rows=8)
