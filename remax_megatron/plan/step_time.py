@@ -311,8 +311,8 @@ class Model:
         yield Part("exchanges of TP", times * self.tp_seconds(made, forward_only), "exchange_bandwidth")
         yield Part("messages of PP", times * self.pp_seconds(made, forward_only), "exchange_bandwidth")
         # Each pass reads the weights, and float32 sums of gradients are read and written.
-        traffic = self.element * kernels + 2 * GRADIENT * (not forward_only)
-        traffic *= made.microbatches * self.count / self.gpu.memory_rate
+        per_batch = self.element * kernels + 2 * GRADIENT * (not forward_only)
+        traffic = per_batch * made.microbatches * self.count / self.gpu.memory_rate
         yield Part("weights and gradients per micro-batch", times * traffic, "optimizer_bandwidth")
         yield Part("layers beside arithmetic", times * layers * count, "layer_s")
         yield Part("micro-batches", times * count, "microbatch_s")
