@@ -113,7 +113,7 @@ def test_each_correction_does_something(alone) -> None:
         assert relative_difference(plain[one][1], plain[other][1]) > 0.05, (one, other)
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_layout_changes_a_corrected_update(world, folder, alone) -> None:
     logprobs, plain, of_one = alone
     for (*_, name), metrics, gradient, _ in of_one if world == 1 else updates(folder, world, logprobs):

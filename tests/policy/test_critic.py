@@ -183,7 +183,7 @@ def by_plain_torch(folders):
     return values, gradient, weights, {name: parameter.grad for name, parameter in policy.named_parameters()}
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_layout_is_plain_torch(world, folders, expected) -> None:
     values, gradient, weights, of_policy = expected
     packing = list(PACKING) if world == 1 else ["packed"]
@@ -237,7 +237,7 @@ def offload_worker(payload):
     return before, critic.values(rows), away, same, sorted({name.split("/")[0] for name in blocks})[:2]
 
 
-@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("distributed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_weights_wait_on_the_host(distributed, folders) -> None:
     payload = {**folders, "distributed": distributed}
     before, after, away, same, names = run_ranks("tests.policy.test_critic:offload_worker", 2, payload)[0]

@@ -46,7 +46,9 @@ def settings(demo_policy, tmp_path_factory) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=["dp2", "tp2", pytest.param("pp2", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["tp2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("dp2", "pp2"))]
+)
 def run(request, torchrun, settings, tmp_path_factory) -> tuple[str, Path]:
     """(layout, folder) of a run in one go; data-parallel ranks save in the background."""
     run_dir = tmp_path_factory.mktemp(request.param) / "run"
