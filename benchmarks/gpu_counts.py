@@ -35,9 +35,8 @@ from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.rules import validate
-from remax_megatron.config.schema import MEGATRON, Config, ConfigError
+from remax_megatron.config.schema import Config, ConfigError
 from remax_megatron.model_facts import ModelFacts
-from remax_megatron.plan.fitting import with_setting
 from tests.stand_ins.fake_cuda.models import FACTS, facts_of
 from tests.stand_ins.fake_cuda.processes import Job, Report, play_each
 
@@ -157,9 +156,11 @@ class Counts:
 
     @property
     def peak_bytes(self) -> int:
-        """Of an update, its optimizer step included."""
+        """Of an update, its optimizer step included; of the one after a sync, where what was offloaded comes back."""
         phases = self.report.phases
-        return max(phases[name].peak_bytes for name in ("update", "optimizer") if name in phases)
+        after = " after sync" if "update after sync" in phases else ""
+        names = (f"update{after}", f"optimizer{after}")
+        return max(phases[name].peak_bytes for name in names if name in phases)
 
     def kernels(self) -> dict[str, int]:
         """Kernels of a forward pass over one micro-batch, of them a layer's and the head's, and of one in an update."""
@@ -213,7 +214,7 @@ def show(counts: Counts, ledger_bytes: int, top: int) -> None:
             print(f"  {size / GIB:9.3f} GiB  {line}")
         for line, number in phase.kernels.most_common(top):
             print(f"  {number:9,} kernels  {line}")
-    print(f"\nledger of the doctor: {ledger_bytes / GIB:.2f} GiB for an update")
+    print(f"\nledger: {ledger_bytes / GIB:.2f} GiB for an update")
 
 
 def result(all_counts: Sequence[Counts], ledger_bytes: int) -> str:
@@ -232,8 +233,9 @@ def result(all_counts: Sequence[Counts], ledger_bytes: int) -> str:
     )
 
 
-def ledger(config: Config, facts: ModelFacts, row: tuple[int, int] | None = None) -> int:
-    """Bytes that the doctor expects an update to take, its optimizer step included, for the micro-batches counted."""
+def ledger(config: Config, facts: ModelFacts, row: tuple[int, int] | None = None, *, released: bool = True) -> int:
+    """Bytes that the planner expects an update to take, its optimizer step included, for the micro-batches counted;
+    not `released`: nothing was offloaded before."""
     from remax_megatron.plan import ledger as planner
 
     megatron, (rows, (prompt, answer)) = config.actor_rollout_ref.actor.megatron, full_rows(config, row)
@@ -243,8 +245,9 @@ def ledger(config: Config, facts: ModelFacts, row: tuple[int, int] | None = None
         stack = planner.Stack("local", "varlen", fused_adam=False)
     batch = planner.MicroBatch(rows * (prompt + answer), rows * answer, 2 * megatron.pipeline_model_parallel_size)
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    held = with_setting(config, f"{MEGATRON}.optimizer_offload", False)  # nothing is released before this update
-    made = planner.ledger(held, facts, ranks, batch=batch, stack=stack)
+    if not released:
+        config = with_setting(config, f"{MEGATRON}.optimizer_offload", False)
+    made = planner.ledger(config, facts, ranks, batch=batch, stack=stack)
     return max(made.peak("update"), made.peak("optimizer"))
 
 
@@ -273,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if set(options.phases) - set(PHASES) or "update" not in options.phases:
             raise ConfigError(f"--phases={','.join(options.phases)}: set it to update, and of {','.join(PHASES)} more")
     found = count(config, facts, row=options.row, num_microbatches=options.micro_batches, phases=options.phases)
-    expected = ledger(config, facts, options.row)
+    expected = ledger(config, facts, options.row, released="sync" in options.phases)
     worst = max(found, key=lambda counts: counts.peak_bytes)
     ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
     print(
