@@ -35,8 +35,9 @@ from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.rules import validate
-from remax_megatron.config.schema import Config, ConfigError
+from remax_megatron.config.schema import MEGATRON, Config, ConfigError
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.plan.fitting import with_setting
 from tests.stand_ins.fake_cuda.models import FACTS, facts_of
 from tests.stand_ins.fake_cuda.processes import Job, Report, play_each
 
