@@ -228,12 +228,12 @@ def picture(found: dict[str, list[list[dict]]], file: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, (axis, label) in zip(
         figure.subplots(1, 3, sharey=True),
-        (("steps", "steps"), ("seconds", "seconds of training"), ("tokens", "generated tokens")),
+        (("steps", "steps"), ("seconds", "seconds of training"), ("tokens", "thousands of generated tokens")),
         strict=True,
     ):
         for name, runs in found.items():
             curves = curves_of(runs)
-            x = np.mean([getattr(curve, axis) for curve in curves], axis=0)
+            x = np.mean([getattr(curve, axis) for curve in curves], axis=0) / (1000 if axis == "tokens" else 1)
             y = np.array([curve.accuracy for curve in curves])
             axes.plot(x, y.mean(axis=0), color=COLORS[name], linewidth=2, label=name)
             axes.fill_between(x, y.min(axis=0), y.max(axis=0), color=COLORS[name], alpha=0.15, linewidth=0)
