@@ -52,6 +52,10 @@ HOW = (  # the first row that a command begins with
     ("python -m remax_megatron.plan --config-name qwen2_5_14b --calibrate ", GPU),  # test_calibrate.py
     ("python -m remax_megatron.plan ", RUN),
     ("python -m benchmarks.scale ", ELSEWHERE),  # test_scale.py runs a part of it
+    (
+        "python benchmarks/estimators.py ",
+        ELSEWHERE,
+    ),  # test_estimators_benchmark.py has its arithmetic; it takes an hour
     ("python -m remax_megatron.config.cli --config-name qwen2_5_", HUB),
     ("python -m remax_megatron.data.gsm8k --local_dir ~/data/gsm8k --from_jsonl ", RUN),
     ("python -m remax_megatron.data.", HUB),
