@@ -4,7 +4,7 @@
 
 7B, 14B and 32B, GSM8K, MATH-like and 16k answers, policy and engine on the same H100s. The batch grows with the GPUs
 (weak scaling: 16 prompts per GPU) or stays at 1024 prompts (strong). The settings are those that the planner's search
-finds fastest for this batch on up to 64 GPUs; more of them are more data-parallel ranks. The table has
+finds fastest for such a batch on up to 16 GPUs; more of them are more data-parallel ranks. The table has
 
     step s     seconds of a step              tok/s/GPU  trained tokens per second and GPU
     update     share of the step              bubble     share of the update's passes
@@ -53,7 +53,7 @@ SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 PRESETS = {"7B": "qwen2_5_7b", "14B": "qwen2_5_14b", "32B": "qwen2_5_32b"}
 ANSWERS = {"gsm8k": 1024, "math": 3072, "long": 16384}  # the longest, tokens
 PROMPTS_PER_GPU, STRONG = 16, 1024
-SEARCHED = 64  # GPUs at most
+SEARCHED = 16  # GPUs at most
 EXCHANGES = ("exchanges of TP", "messages of PP", "exchange of gradients", "gathering of weights")
 MEGATRON, ROLLOUT = "actor_rollout_ref.actor.megatron", "actor_rollout_ref.rollout"
 GIB = 2**30
