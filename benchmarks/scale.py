@@ -156,6 +156,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         for size, color in zip(PRESETS, ("C0", "C1", "C2"), strict=True):
             for answers, style in zip(ANSWERS, ("-", "--", ":"), strict=True):
                 chosen = [row for row in rows if (row["model"], row["answers"], row["weak"]) == (size, answers, weak)]
+                if not chosen:
+                    continue
                 axis.plot(
                     [row["gpus"] for row in chosen],
                     [row["tokens_per_s_gpu"] for row in chosen],

@@ -37,7 +37,7 @@ OWN = {
     "offload": ("host_bandwidth",),
     "sync": ("stream_bandwidth", "tensor_s"),
 }
-OWN["update"] += ("optimizer_step_s",)
+OWN["update"] += ("optimizer_step_s", "collective_s")
 # Phases of the ledger that a phase of the run goes through, and the metric of its peak.
 PEAKS = {"update": ("update", "optimizer"), "sync": ("sync", "canary"), "rollout": ("rollout",)}
 GIB = 2**30

@@ -33,6 +33,8 @@ class Efficiencies:
     decode_step_s: float = 2e-3
     # A tensor-parallel all-reduce of few tokens in the engine, of which a layer has two: assumed.
     small_collective_s: float = 12e-6
+    # A collective or a message of an update, beside its bytes: assumed, as that of the engine.
+    collective_s: float = 12e-6
     # A forward pass over one layer, beside its arithmetic: assumed; 24 kernels of Megatron's layers (docs/gpu.md).
     layer_s: float = 50e-6
     # A micro-batch, beside its layers (packing, copies to the device): assumed.

@@ -309,6 +309,7 @@ class Model:
         yield Part("waiting for the busiest rank", times * made.compute * made.imbalance, "update_flops")
         yield Part("pipeline bubble", times * made.bubble, "update_flops")
         yield Part("exchanges of TP", times * self.tp_seconds(made, forward_only), "exchange_bandwidth")
+        yield Part("latency of exchanges", times * self.num_exchanges(made, forward_only), "collective_s")
         yield Part("messages of PP", times * self.pp_seconds(made, forward_only), "exchange_bandwidth")
         # Each pass reads the weights, and float32 sums of gradients are read and written.
         per_batch = self.element * kernels + 2 * GRADIENT * (not forward_only)
@@ -317,15 +318,24 @@ class Model:
         yield Part("layers beside arithmetic", times * layers * count, "layer_s")
         yield Part("micro-batches", times * count, "microbatch_s")
 
-    def tp_seconds(self, made: Pass, forward_only: bool) -> float:
-        """Of a layer forward two all-reduces of its hidden states, or the gathers and scatters that are the same; as
-        many backward, and under sequence parallelism its inputs gathered again for the gradients of weights."""
+    def num_gathers(self, forward_only: bool) -> float:
+        """Of all layers of a stage: forward two all-reduces of a layer's hidden states, or the gathers and scatters
+        that are the same; as many backward, and under sequence parallelism its inputs once more for the gradients."""
         if self.tp == 1:
             return 0.0
         gathers = 4 if forward_only else 8 + 2 * self.megatron.sequence_parallel
         gathers += 4 * (not forward_only and recompute_of(self.config).granularity == "full")
-        size = self.element * self.facts.hidden_size * made.tokens * gathers * self.facts.num_layers / self.pp
-        return self.gathering(self.tp, 1, size)
+        return gathers * self.facts.num_layers / self.pp
+
+    def tp_seconds(self, made: Pass, forward_only: bool) -> float:
+        """The bytes of `num_gathers`, at the rate of the ranks' links."""
+        size = self.element * self.facts.hidden_size * made.tokens * self.num_gathers(forward_only)
+        return self.gathering(self.tp, 1, size) if self.tp > 1 else 0.0
+
+    def num_exchanges(self, made: Pass, forward_only: bool) -> float:
+        """Collectives of TP (an all-reduce is two) and messages of PP, of all micro-batches."""
+        messages = (1 if forward_only else 2) * self.vpp * (self.pp > 1)
+        return made.microbatches * (self.num_gathers(forward_only) + messages)
 
     def pp_seconds(self, made: Pass, forward_only: bool) -> float:
         """A micro-batch's hidden states to the next stage, and their gradient back."""
