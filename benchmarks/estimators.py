@@ -250,7 +250,8 @@ def picture(found: dict[str, list[list[dict]]], file: Path) -> None:
 
 
 def noise(work: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of each method but refill, whose batches have other sizes: signal |g|, and the noise of a step over it."""
+    """The noise of a step over its signal, of each method but refill, whose batches have other sizes: by the mean of
+    the squared norms of the batches, and by their median, which one batch with a rare token does not move."""
     halfway, quiet = work / "halfway", ["trainer.test_freq=-1", "trainer.val_before_train=False", *DEMO]
     run(halfway, quiet, 10)
     still = [
@@ -272,14 +273,21 @@ def noise(work: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:
         folder = work / "noise" / name.lower()
         small = run(folder / "small", given, BATCHES)
         large = run(folder / "large", [*given, f"data.train_batch_size={PROMPTS * BATCHES}"], 1)
-        s_small, s_large = (
-            statistics.mean(r["actor/grad_norm"] ** 2 for r in records[1:]) for records in (small, large)
-        )
-        variance = (s_small - s_large) / (1 - 1 / BATCHES)  # of the gradient of a batch of PROMPTS
-        signal = max(s_small - variance, 0.0)
-        found[name] = {"signal": signal**0.5, "noise_over_signal": variance / signal if signal else float("inf")}
-        print(f"{name}: |g| {signal**0.5:.3g}, V / (64 |g|^2) {found[name]['noise_over_signal']:.2f}", flush=True)
+        squares = [record["actor/grad_norm"] ** 2 for record in small[1:]]
+        s_large = large[1]["actor/grad_norm"] ** 2
+        found[name] = {"mean": noise_of(statistics.mean(squares), s_large)}
+        found[name] |= {"median": noise_of(statistics.median(squares), s_large)}
+        found[name] |= {"largest norm over the median": max(squares) ** 0.5 / statistics.median(squares) ** 0.5}
+        print(f"{name}:", *(f"{key} {value:.2f}" for key, value in found[name].items()), flush=True)
     return found
+
+
+def noise_of(s_small: float, s_large: float) -> float:
+    """Noise over signal of a batch of PROMPTS, from the squared norms of such a batch's gradient and of BATCHES times
+    as many prompts'."""
+    variance = (s_small - s_large) / (1 - 1 / BATCHES)
+    signal = s_small - variance
+    return variance / signal if signal > 0 else float("inf")
 
 
 # -- long --------------------------------------------------------------------------------------------------------------

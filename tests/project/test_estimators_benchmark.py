@@ -53,3 +53,8 @@ def test_every_method_answers_each_prompt_five_times(estimators, name: str) -> N
     config = load_config("demo", list(estimators.METHODS[name])).config
     validate(config, estimators.RANKS, None)
     assert config.actor_rollout_ref.rollout.n + (config.algorithm.adv_estimator == "remax") == 5
+
+
+def test_noise_over_signal(estimators) -> None:
+    """|g|^2 = 1 and V = 2 of a batch: 3 for a batch, 1 + 2/16 for sixteen at once."""
+    assert estimators.noise_of(3.0, 1.125) == pytest.approx(2.0)
