@@ -1,6 +1,6 @@
 """Memory and time of a step before the launch, from the settings alone: one screen, and an exit code.
 
-    python -m remax_megatron.plan [--config-name NAME] [--config-dir DIR] [key=value ...]
+usage: python -m remax_megatron.plan [--config-name NAME] [--config-dir DIR] [key=value ...]
         --gpu NAME            the devices, of plan/gpus.py (default h100-80gb; for trainer.device=cpu cpu-core)
         --lengths NAME|FILE   gsm8k (default), math, long, or a file with lengths; see plan/lengths.py
         --calibrate FILE      a run's metrics.jsonl, with config.yaml beside it; may be given several times

@@ -139,7 +139,7 @@ def test_what_is_left_out_is_not_computed(alone):
     assert once <= tokens["tight, shared"] <= tokens["skip"]  # a prompt may be needed in two micro-batches
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
+@pytest.mark.parametrize("world", [2, 4, 8, pytest.param(16, marks=pytest.mark.slow)])
 def test_every_layout_gives_the_same_gradient(world, folder, alone):
     names = ["plain", "shared and skip"]
     payload = {"folder": folder, "layouts": LAYOUTS[world], "how": names}

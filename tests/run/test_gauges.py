@@ -62,6 +62,7 @@ def test_gauges_are_the_largest_of_all_ranks():
     assert first["memory/threads_max"] >= 1 and first["memory/rss_max_gib"] > 0.05
 
 
+@pytest.mark.slow
 def test_descriptors_and_threads_do_not_grow_with_the_steps(torchrun, demo_policy, tmp_path):
     """The long form, with memory, is benchmarks/growth.py."""
     length = ["trainer.total_training_steps=25", "trainer.save_freq=5", "trainer.test_freq=10"]

@@ -103,6 +103,7 @@ def test_the_critic_is_a_model_that_transformers_reads(run) -> None:
     assert values.shape == (1, 4, 1) and values.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_with_it(run, torchrun, settings, tmp_path) -> None:
     given = [*settings, *at(run[0]), f"critic.model.path={run[1] / 'critic'}", "trainer.total_training_steps=1"]
     finished = torchrun(

@@ -139,6 +139,7 @@ class Run:
             raise AssertionError(f"no end within {timeout_s} s:\n{outputs}") from None
 
 
+@pytest.mark.slow
 @pytest.mark.vllm_cpu
 @pytest.mark.timeout(600)  # two starts of two engines, and the deadline
 def test_a_cut_link_ends_both_hosts_and_the_run_resumes(hosts, demo_policy, demo_data, tmp_path):
