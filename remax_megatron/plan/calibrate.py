@@ -33,11 +33,13 @@ HOLD = 0.1  # weight of a coefficient's relative change in the least squares
 OWN = {
     "rollout": ("prefill_flops", "decode_bandwidth", "decode_step_s", "small_collective_s", "sleep_s"),
     "reward": ("reward_s",),
-    "update": ("update_flops", "layer_s", "microbatch_s", "exchange_bandwidth", "optimizer_bandwidth"),
+    "update": (
+        *("update_flops", "layer_s", "microbatch_s", "exchange_bandwidth", "optimizer_bandwidth"),
+        *("optimizer_step_s", "collective_s"),
+    ),
     "offload": ("host_bandwidth",),
     "sync": ("stream_bandwidth", "tensor_s"),
 }
-OWN["update"] += ("optimizer_step_s", "collective_s")
 # Phases of the ledger that a phase of the run goes through, and the metric of its peak.
 PEAKS = {"update": ("update", "optimizer"), "sync": ("sync", "canary"), "rollout": ("rollout",)}
 GIB = 2**30

@@ -6,14 +6,13 @@ collective is called by every rank of the run with the same rows, as with the po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from remax_megatron.algorithm.value_objective import ValueObjective
 from remax_megatron.batching.packed import PackedBatch
-from remax_megatron.batching.schedule import Schedule
 from remax_megatron.model.value_head import whole_sequence
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout
@@ -82,18 +81,9 @@ class Critic(TrainedModel[Tensor]):
                 self._weights_offload.restore()
         super().gather_weights()
 
-    def _run(
-        self,
-        rows: Sequence[Row],
-        schedule: Schedule,
-        loss: Callable[[PackedBatch, Tensor], Tensor],
-        *,
-        forward_only: bool,
-        temperature: float | None = None,
-    ) -> None:
+    def _before_passes(self) -> None:
         if self._weights_offload.is_away:
             self.gather_weights()
-        super()._run(rows, schedule, loss, forward_only=forward_only, temperature=temperature)
 
     def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> Tensor:
         """[R] float32. A critic has no temperature."""

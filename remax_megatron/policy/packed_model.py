@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 S = TypeVar("S")  # what a model says of the scored positions of a micro-batch
 
 
-class PackedModel(Generic[S]):
+class PackedModel(ABC, Generic[S]):
     """`chunks` on this rank with the weights of `model_folder`, and the settings that micro-batches are made by.
 
     What becomes of the last stage's hidden states is the subclass's to say, in `_score`.
@@ -138,6 +139,7 @@ class PackedModel(Generic[S]):
     ) -> None:
         """Megatron's forward (and backward) schedule over this rank's micro-batches; all ranks call. `loss` gives that
         of a micro-batch."""
+        self._before_passes()
         mine = schedule[self.layout.dp_rank]
         pad_to = self._padding_multiple(rows, mine)
 
@@ -217,9 +219,12 @@ class PackedModel(Generic[S]):
 
         return output, loss_func
 
+    def _before_passes(self) -> None:
+        """Make the weights ready to be computed with; on every rank, before its micro-batches."""
+
+    @abstractmethod
     def _score(self, chunk, hidden_T1H: Tensor, batch: PackedBatch, temperature: float) -> S:
         """What the model says of the scored positions of `batch`, from the last stage's hidden states."""
-        raise NotImplementedError
 
 
 def _groups_within(rows: Sequence[Row], budget: int) -> list[list[int]]:
