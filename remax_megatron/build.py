@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from remax_megatron.algorithm.estimators import get_estimator
+from remax_megatron.checkpoint.pending import read_pending
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.checkpoint.state import RunState, restore, restore_optimizers, reward_file_digest
 from remax_megatron.config.load import to_yaml
@@ -21,6 +22,7 @@ from remax_megatron.memory_probe import memory_probe
 from remax_megatron.metrics import MetricsWriter
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.layout import Layout, init_model_parallel
+from remax_megatron.parallel.link import Link
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.policy.critic import Critic
 from remax_megatron.policy.policy import Policy
@@ -28,12 +30,15 @@ from remax_megatron.policy.reference import Reference
 from remax_megatron.policy.settings import PolicySettings
 from remax_megatron.policy.training_state import TrainingState
 from remax_megatron.rewards.length import LengthRules
+from remax_megatron.rollout.batches import Batches, WrittenHere
 from remax_megatron.rollout.bridge import Bridge
 from remax_megatron.rollout.collect import Collector
 from remax_megatron.rollout.engine import Engine
+from remax_megatron.rollout.remote import EngineService, RemoteBatches, RemoteCollector, RemoteEngine, WeightFormat
 from remax_megatron.run_folder import check_shared, checkpoints_folder, start_run_folder
 from remax_megatron.trainer import Trainer
 from remax_megatron.update import Learner
+from remax_megatron.weights.buckets import plan_buckets
 from remax_megatron.weights.critic_folder import CRITIC
 from remax_megatron.weights.hf_folder import side_files
 from remax_megatron.weights.megatron_folder import model_folder
@@ -52,6 +57,7 @@ class Start:
     checkpoint      folder and state to resume from, None for a new run
     device          of this rank
     timer           of the run's phases
+    link            to the ranks of the other side, None where every rank holds policy and engine
     """
 
     config: Config
@@ -61,6 +67,7 @@ class Start:
     checkpoint: tuple[Path, RunState] | None
     device: torch.device
     timer: PhaseTimer
+    link: Link | None = None
 
     @property
     def dtype(self) -> str:
@@ -86,14 +93,24 @@ def build_trainer(start: Start) -> Trainer:
     layout = build_layout(start)
     writer = build_writer(start, layout.rank)
     learner, training_states = build_learner(start, layout)
-    engine = build_engine(start)
+    engine: Engine | RemoteEngine
+    collector: Collector | RemoteCollector
+    batches: Batches
+    if start.link is None:
+        engine = build_engine(start)
+        collector = build_collector(start, engine)
+        batches = WrittenHere(collector, start.inputs.train_prompts, learner.estimator, start.config)
+    else:
+        engine, collector, batches = build_remote(start, start.link)
     if start.checkpoint:
         restore(start.checkpoint[1], learner, engine)
+        batches.pending = read_pending(start.checkpoint[0], start.inputs.train_prompts)
     return Trainer(
         config=start.config,
         learner=learner,
         bridge=build_bridge(start, learner.policy, engine),
-        collector=build_collector(start, engine),
+        batches=batches,
+        collector=collector,
         train_prompts=start.inputs.train_prompts,
         val_prompts=start.inputs.val_prompts,
         timer=start.timer,
@@ -103,6 +120,40 @@ def build_trainer(start: Start) -> Trainer:
         prompts_digest=start.prompts_digest,
         start_step=start.step,
     )
+
+
+def build_service(start: Start, link: Link) -> EngineService:
+    """What the ranks do that hold the engine alone."""
+    engine = build_engine(start)
+    collector = build_collector(start, engine)
+    estimator = get_estimator(start.config.algorithm.adv_estimator)
+    batches = WrittenHere(collector, start.inputs.train_prompts, estimator, start.config)
+    return EngineService(link, engine, collector, batches, weight_format(start))
+
+
+def build_remote(start: Start, link: Link) -> tuple[RemoteEngine, RemoteCollector, RemoteBatches]:
+    """The engine of other ranks, as those of the policy use it."""
+    config, timer = start.config, start.timer
+    start.timer.probe = memory_probe(start.device)
+    start.timer.pop()
+    engine = RemoteEngine(link, start.inputs.tokenizer, weight_format(start))
+    collector = RemoteCollector(link, engine, timer, config.reward.max_failure_share)
+    return engine, collector, RemoteBatches(link, engine, timer, ahead=config.actor_rollout_ref.rollout.ahead == 1)
+
+
+def weight_format(start: Start) -> WeightFormat:
+    """How weights travel to an engine on ranks of its own: in the buckets in which the policy gathers them."""
+    rollout, megatron = start.config.actor_rollout_ref.rollout, start.config.actor_rollout_ref.actor.megatron
+    dtype = getattr(torch, start.dtype)
+    buckets = plan_buckets(
+        start.facts,
+        megatron.tensor_model_parallel_size,
+        megatron.pipeline_model_parallel_size,
+        megatron.virtual_pipeline_model_parallel_size or 1,
+        dtype.itemsize,
+        rollout.sync_bucket_mb * 2**20,
+    )
+    return WeightFormat(tuple(bucket.hf_tensors for bucket in buckets), dtype)
 
 
 def build_layout(start: Start) -> Layout:
@@ -186,13 +237,14 @@ def build_engine(start: Start) -> Engine:
         stop_token_ids=inputs.stop_token_ids,
         greedy=get_estimator(config.algorithm.adv_estimator).needs_greedy,
         keep_special_tokens=config.reward.keep_special_tokens,
+        sleeps=start.link is None,
     )
     start.timer.probe = memory_probe(start.device, engine.unmapped_bytes)
     start.timer.pop()
     return engine
 
 
-def build_bridge(start: Start, policy: Policy, engine: Engine) -> Bridge:
+def build_bridge(start: Start, policy: Policy, engine: Engine | RemoteEngine) -> Bridge:
     """The way of the policy's weights into the engine."""
     rollout = start.config.actor_rollout_ref.rollout
     return Bridge(

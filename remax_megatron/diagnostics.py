@@ -112,10 +112,13 @@ def update_metrics(results: Sequence[UpdateResult]) -> dict[str, float]:
 def sync_metrics(report: SyncReport) -> dict[str, float]:
     """`sync/seconds` is the transfer alone, `sync/canary_seconds` the proof that it arrived.
 
-    `memory/engine_asleep_gib` is this rank's, of the sleep before; on GPUs only.
+    `memory/engine_asleep_gib` is this rank's, of the sleep before; on GPUs only. `sync/engine_pause_s` is how long an
+    engine on ranks of its own took weights and wrote nothing.
     """
-    asleep = report.engine_asleep_bytes
-    return ({} if asleep is None else {"memory/engine_asleep_gib": asleep / 2**30}) | {
+    asleep, pause_s = report.engine_asleep_bytes, report.engine_pause_s
+    where_known = {} if asleep is None else {"memory/engine_asleep_gib": asleep / 2**30}
+    where_known |= {} if pause_s is None else {"sync/engine_pause_s": pause_s}
+    return where_known | {
         "weight_version": report.weight_version,
         "sync/seconds": report.seconds,
         "sync/bytes": report.num_bytes,

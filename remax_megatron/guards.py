@@ -70,8 +70,9 @@ def skip_reason(loss: float, grad_norm: float, mismatch: float, limit: float | N
 class Guards:
     """Looks at every update of a run: counts those that were skipped, keeps their rows, and stops the run."""
 
-    def __init__(self, policy: Policy, folder: Path, *, max_nonfinite: int, mismatch_limit: float):
-        """`folder` gets the rows; `max_nonfinite` is trainer.max_nonfinite_updates, `mismatch_limit` in nats."""
+    def __init__(self, policy: Policy, folder: Path, *, max_nonfinite: int, mismatch_limit: float | None):
+        """`folder` gets the rows; `max_nonfinite` is trainer.max_nonfinite_updates, `mismatch_limit` in nats,
+        None where engine and policy are known to differ."""
         self._policy, self._folder = policy, folder
         self._max_nonfinite, self._mismatch_limit = max_nonfinite, mismatch_limit
         self.nonfinite_in_a_row = 0
@@ -139,7 +140,7 @@ class Guards:
         raise MismatchError(
             f"{label}: the rollout engine's log-probabilities are not the policy's: they differ by "
             f"{update.mismatch:.3g} nats on average over {update.num_response_tokens} response tokens, limit "
-            f"{self._mismatch_limit:g} (actor_rollout_ref.rollout.mismatch_threshold); worst in row "
+            f"{self._mismatch_limit or 0.0:g} (actor_rollout_ref.rollout.mismatch_threshold); worst in row "
             f"{records[0]['row']} at response position {worst['position']}, token {worst['token']}: policy "
             f"{worst['policy']:.6f}, engine {worst['engine']:.6f}; {saved}. No step was made with them. Rounding alone "
             "is within 1e-3 in float32 and 0.2 in bfloat16: set a higher limit only if yours is known to be larger"

@@ -20,6 +20,7 @@ from remax_megatron.config.schema import Config, ConfigError, has_critic
 from remax_megatron.data.dataset import PromptDataset, as_it_is, load_prompts
 from remax_megatron.downloads import failed_download
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.parallel.link import Link
 from remax_megatron.rewards.pool import RewardPool
 from remax_megatron.rewards.sandbox.api import available_protections
 from remax_megatron.rewards.scoring import built_in_ground_truth
@@ -271,9 +272,9 @@ def steps_out_of_reach(config: Config, num_prompts: int) -> list[str]:
     ]
 
 
-def check_ranks_agree(config: Config, inputs: Inputs) -> str:
+def check_ranks_agree(config: Config, inputs: Inputs, link: Link | None = None) -> str:
     """The digest of the training prompts. ConfigError, on every rank, when ranks would train on other settings or
-    prompts than rank 0. Collective."""
+    prompts than rank 0. Collective over all ranks of the run, those at the other end of `link` included."""
     train, val = (
         hashlib.sha256(json.dumps([_identity(p) for p in prompts], sort_keys=True, default=str).encode()).hexdigest()
         for prompts in (inputs.train_prompts, inputs.val_prompts or ())
@@ -285,6 +286,11 @@ def check_ranks_agree(config: Config, inputs: Inputs) -> str:
         raise ConfigError(
             f"ranks {others} read other settings or data than rank 0; start every node with the same command, "
             "environment and files"
+        )
+    if link is not None and len({link.share(mine, source=first) for first in link.sides.values()}) > 1:
+        raise ConfigError(
+            "the ranks of the engine read other settings or data than those of the policy; start every node with the "
+            "same command, environment and files"
         )
     return train
 

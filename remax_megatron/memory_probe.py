@@ -20,7 +20,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): resets the peak of resident memory, VmHWM, to what is resident now
 
 
-def memory_probe(device: torch.device, unmapped_bytes: Callable[[], int]) -> Probe:
+def memory_probe(device: torch.device, unmapped_bytes: Callable[[], int] = lambda: 0) -> Probe:
     """The probe for a run on `device`; `unmapped_bytes` see `DeviceProbe`."""
     return DeviceProbe(device, unmapped_bytes) if device.type == "cuda" else HostProbe()
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -21,6 +22,7 @@ from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.checkpoint.state import RunState
 from remax_megatron.config.cli import reported_errors
 from remax_megatron.config.schema import Config, ConfigError, as_list, has_critic
+from remax_megatron.config.schema import num_engine_ranks as engine_only_ranks
 from remax_megatron.console import set_up_logging
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, steps_out_of_reach, total_steps
@@ -30,6 +32,8 @@ from remax_megatron.parallel import cpu_platform, watchdog
 from remax_megatron.parallel.failure import ends_all_ranks
 from remax_megatron.parallel.first_rank import from_first_rank
 from remax_megatron.parallel.layout import init_distributed
+from remax_megatron.parallel.link import Link
+from remax_megatron.parallel.whole_run import wait_for_all, whole_run
 from remax_megatron.phases import PhaseTimer
 from remax_megatron.profiling import StepProfiler, cuda_event, named_range
 from remax_megatron.run_folder import checkpoints_folder, lock_run_folder
@@ -39,6 +43,7 @@ from remax_megatron.weights.hf_folder import write_hf_folder
 from remax_megatron.weights.megatron_folder import model_folder
 
 if TYPE_CHECKING:
+    from remax_megatron.build import Start
     from remax_megatron.policy.trained_model import TrainedModel
     from remax_megatron.trainer import Trainer
 
@@ -73,17 +78,24 @@ def _run(
     `inputs` and `facts` are those of `config`, `device` is this rank's, `timer` times the phases, and `clean_up` is
     closed however the run ends. Collective.
     """
+    from remax_megatron.build import Start, build_trainer  # Megatron needs what init_distributed has prepared
+
     watchdog.start(config.trainer.watchdog_timeout_s, clean_up.close)
-    digest = check_ranks_agree(config, inputs)
+    whole = whole_run()
+    link = Link(whole, device, config.trainer.collective_timeout_s) if whole.num_engine_ranks else None
+    start = Start(config, facts, inputs, check_ranks_agree(config, inputs, link), None, device, timer, link)
+    if link is not None and whole.is_engine_only:
+        return _serve(start, link, clean_up)
     lock_run_folder(config)
     checkpoint = find_checkpoint(config, checkpoints_folder(config))
     if checkpoint is not None:
-        check_same_run(checkpoint[1], config, digest)
-        if _is_complete(config, inputs, checkpoint[1]):
-            return f"The run is complete: {checkpoint[1].step} steps. A larger trainer.total_epochs continues it."
-    from remax_megatron.build import Start, build_trainer  # Megatron needs what init_distributed has prepared
-
-    trainer = build_trainer(Start(config, facts, inputs, digest, checkpoint, device, timer))
+        check_same_run(checkpoint[1], config, start.prompts_digest)
+    is_complete = checkpoint is not None and _is_complete(config, inputs, checkpoint[1])
+    if link is not None:
+        link.share(not is_complete)
+    if checkpoint is not None and is_complete:
+        return f"The run is complete: {checkpoint[1].step} steps. A larger trainer.total_epochs continues it."
+    trainer = build_trainer(replace(start, checkpoint=checkpoint))
     if trainer.collector.pool is not None:
         clean_up.callback(trainer.collector.pool.close)
     if config.trainer.val_only:
@@ -92,9 +104,26 @@ def _run(
     return trainer.learner.stalls.last_word()
 
 
+def _serve(start: Start, link: Link, clean_up: ExitStack) -> str:
+    """What a rank does that holds the engine alone: it answers until the policy's ranks, at the other end of `link`,
+    have done. The last word is theirs."""
+    from remax_megatron.build import build_service
+
+    with watchdog.idle():
+        begins = link.share()
+    if begins:
+        service = build_service(start, link)
+        if service.collector.pool is not None:
+            clean_up.callback(service.collector.pool.close)
+        service.run()
+        service.collector.close()
+    return ""
+
+
 def _join_ranks(config: Config) -> torch.device:
     """Join the process group; returns this rank's device. What dead runs left in shared memory is removed."""
-    device = init_distributed(config.trainer.device, config.trainer.collective_timeout_s)
+    num_engine_ranks = engine_only_ranks(config, int(os.environ.get("WORLD_SIZE", "1")))
+    device = init_distributed(config.trainer.device, config.trainer.collective_timeout_s, num_engine_ranks)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         cpu_platform.remove_dead_shared_memory()
     record_history(device)
@@ -145,9 +174,9 @@ def _is_exported(config: Config) -> bool:
 
 def _leave(last_word: str) -> NoReturn:
     """The orderly end of this process. Every rank calls."""
-    dist.barrier()  # the first rank to leave makes the launcher end the others
+    wait_for_all()  # the first rank to leave makes the launcher end the others
     watchdog.stop()
-    if dist.get_rank() == 0:
+    if whole_run().rank == 0:
         print(last_word)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,15 +10,17 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
 
 from remax_megatron.atomic import replacing, written_for
+from remax_megatron.checkpoint.pending import pending_files
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.checkpoint.state import capture
-from remax_megatron.config.schema import Config, refill_limit_of
-from remax_megatron.data.dataset import PromptDataset, batches, further
+from remax_megatron.config.schema import Config
+from remax_megatron.data.dataset import PromptDataset, batches
 from remax_megatron.diagnostics import rollout_metrics, sync_metrics, throughput_metrics, update_metrics
 from remax_megatron.evaluation import validate
 from remax_megatron.flops import UpdateFlops
@@ -26,9 +28,10 @@ from remax_megatron.gauges import process_gauges
 from remax_megatron.inputs import total_steps
 from remax_megatron.metrics import MetricsWriter
 from remax_megatron.phases import PhaseTimer
-from remax_megatron.refill import refill
+from remax_megatron.rollout.batches import Batches
 from remax_megatron.rollout.bridge import Bridge
 from remax_megatron.rollout.collect import Collector
+from remax_megatron.rollout.remote import RemoteCollector
 from remax_megatron.types import Prompt, Rollout
 from remax_megatron.update import Learner
 
@@ -42,7 +45,8 @@ class Trainer:
     config: Config
     learner: Learner
     bridge: Bridge
-    collector: Collector
+    batches: Batches
+    collector: Collector | RemoteCollector
     train_prompts: PromptDataset
     val_prompts: PromptDataset | None
     timer: PhaseTimer
@@ -58,16 +62,18 @@ class Trainer:
         if self.start_step == 0:
             before = self._validate(0, due=self.config.trainer.val_before_train)
             self._log(0, {"epoch": 0, **sync_metrics(sync), **before})
-        for step, epoch, batch in self._steps():
+        for step, epoch in self._steps():
             with self.timer.step(step):
-                rollouts, refilled = self._rollouts(batch, step)
+                answered = self.batches.take(step, self._batch(step), self._batch(step + 1))
+                rollouts = answered.rollouts
                 with self.timer.phase("update"):
                     learned = self.learner.learn(rollouts, f"Epoch {epoch}, Step {step}", step)
+                timeline = self.batches.finish()
                 with self.timer.phase("sync"):
                     sync = self.bridge.sync()
-            times = self.timer.pop()
+            times = {**answered.metrics, **self.timer.pop()}
             metrics = {"epoch": epoch, **rollout_metrics(rollouts, learned.rows), **update_metrics(learned.updates)}
-            metrics |= refilled | learned.metrics | sync_metrics(sync) | times
+            metrics |= learned.metrics | sync_metrics(sync) | timeline | times
             metrics |= throughput_metrics(rollouts, learned, times, self.flops)
             validation = self._validate(step, due=step == self.num_steps or _every(self.config.trainer.test_freq, step))
             gauges = process_gauges(self.learner.policy.layout.device, self.timer.pop_peaks())
@@ -104,38 +110,24 @@ class Trainer:
         """Count the steps of the whole run."""
         return total_steps(self.config, len(self.train_prompts))
 
-    def _rollouts(self, batch: Sequence[int], step: int) -> tuple[list[Rollout], dict[str, float]]:
-        """The answers to the prompts at these positions, or, refilled, to those that count; and metrics. Collective."""
-        num_prompts, config = len(self.train_prompts), self.config
-        if not config.algorithm.refill:
-            return self.collector.rollouts([self.train_prompts[i] for i in batch], step=step), {}
-        order = [*batch, *further(num_prompts, batch, config.trainer.seed, step)]
-        refilled = refill(
-            (self.train_prompts[i] for i in order),
-            lambda prompts: self.collector.rollouts(prompts, step=step, sleeps=False),
-            self.learner.estimator,
-            wanted=config.data.train_batch_size,
-            limit=refill_limit_of(config, num_prompts),
-        )
-        self.collector.sleep()
-        return refilled.rollouts, {"refill/answered_prompts": refilled.num_answered}
+    def _batch(self, step: int) -> list[int] | None:
+        """Positions of the prompts of a step, which is counted from 1; None after the last."""
+        if step > self.num_steps:
+            return None
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        data, seed = self.config.data, self.config.trainer.seed
+        return _orders(len(self.train_prompts), data.train_batch_size, seed, epoch + 1, data.shuffle)[place]
 
-    def _steps(self) -> Iterator[tuple[int, int, list[int]]]:
-        """(step, epoch, positions of the prompts) of what is left to do, the first two counted from 1, under one
-        progress bar per epoch."""
-        data, trainer = self.config.data, self.config.trainer
-        step = self.start_step
-        for epoch in range(step // self.steps_per_epoch + 1, self.num_epochs + 1):
-            order = batches(len(self.train_prompts), data.train_batch_size, trainer.seed, epoch, data.shuffle)
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """(step, epoch) of what is left to do, both counted from 1, under one progress bar per epoch."""
+        for epoch in range(self.start_step // self.steps_per_epoch + 1, self.num_epochs + 1):
             first = (epoch - 1) * self.steps_per_epoch
-            order = order[: self.num_steps - first]
-            begun = step - first
+            begun, count = max(0, self.start_step - first), min(self.steps_per_epoch, self.num_steps - first)
             often = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file needs no animation
             title, hidden = f"Epoch {epoch}/{self.num_epochs}", self.writer is None
             bar = {"initial": begun, "unit": "step", "disable": hidden, "mininterval": often}
-            for batch in tqdm(order[begun:], title, len(order), **bar):
-                step += 1
-                yield step, epoch, batch
+            for place in tqdm(range(begun, count), title, count, **bar):
+                yield first + place + 1, epoch
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -150,7 +142,8 @@ class Trainer:
                     self.writer.sync()  # the records are no older than the checkpoint
                 engine, digest = self.bridge.engine, self.prompts_digest
                 state = capture(step, self.config, self.learner, engine, digest, accuracy)
-                self.saver.save(state, in_background=False if stop else None)
+                pending = pending_files(self.batches.pending) if self.writer is not None else {}
+                self.saver.save(state, pending, in_background=False if stop else None)
             else:
                 self.saver.poll()
         if not stop or step == self.num_steps:
@@ -185,6 +178,9 @@ class Trainer:
         with written_for("trainer.rollout_data_dir", folder), replacing(Path(folder) / f"{step}.jsonl") as path:
             records = ({**asdict(rollout), "text": text} for rollout, text in zip(rollouts, texts, strict=True))
             path.write_text("".join(json.dumps(record, default=str) + "\n" for record in records))
+
+
+_orders = lru_cache(maxsize=2)(batches)  # of this epoch and of the next
 
 
 def _every(frequency: int, step: int) -> bool:

@@ -88,7 +88,10 @@ class Learner:
             policy,
             Path(config.trainer.default_local_dir) / "guards",
             max_nonfinite=config.trainer.max_nonfinite_updates,
-            mismatch_limit=mismatch_limit(rollout.mismatch_threshold, dtype, rollout.dtype or dtype),
+            # Answers that are written ahead are of older weights, whose log-probabilities differ by more than rounding.
+            mismatch_limit=None
+            if rollout.ahead
+            else mismatch_limit(rollout.mismatch_threshold, dtype, rollout.dtype or dtype),
         )
 
     def state_dict(self) -> dict[str, Any]:

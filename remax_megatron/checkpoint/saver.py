@@ -14,7 +14,7 @@ import inspect
 import logging
 import queue
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +92,7 @@ class _Pending:
     """A save between its `begin` and its `finish`."""
 
     state: RunState
+    more_files: dict[str, bytes]  # of rank 0
     request: AsyncRequest
     buckets: list  # the files that this rank writes, their tensors on the CPU
     writing: Future[None] | None = None  # in the background
@@ -132,8 +133,11 @@ class Saver:
         # save's buffers took stays in it.
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
-    def save(self, state: RunState, *, in_background: bool | None = None) -> None:
+    def save(
+        self, state: RunState, more_files: Mapping[str, bytes] | None = None, *, in_background: bool | None = None
+    ) -> None:
         """Write the checkpoint of `state.step`; with `in_background` (None: as the run is set) only begin to.
+        `more_files` are those of rank 0 that belong into its folder.
 
         CheckpointError, on every rank, when there is no room, or a file cannot be written.
         """
@@ -141,14 +145,16 @@ class Saver:
         background = self._in_background if in_background is None else in_background
         blocks = {name: block for state in self._training_states for name, block in state.sharded().items()}
         tensors = [block for block in blocks.values() if isinstance(block, ShardedTensor)]
-        num_bytes = self._total(sum(block.data.numel() * block.data.element_size() for block in tensors))
+        more = dict(more_files or {})
+        num_bytes = sum(block.data.numel() * block.data.element_size() for block in tensors)
+        num_bytes = self._total(num_bytes + sum(map(len, more.values())))
         folder = partial_folder(self.root, state.step)
         from_first_rank(lambda: self._make_room(folder, num_bytes), CheckpointError)
         if background:
             for block in tensors:
                 block.data = block.data.to("cpu", copy=True)
         with self._giving_up(state.step):
-            self._pending = self._begin(state, blocks, folder, background)
+            self._pending = self._begin(state, more, blocks, folder, background)
         if not background:
             self.finish()
 
@@ -178,7 +184,7 @@ class Saver:
             for finalize in pending.request.finalize_fns:  # writes .metadata and metadata.json
                 finalize()
         records = {name: record for part, _ in gathered for name, record in part.items()}
-        from_first_rank(lambda: self._complete(pending.state, records), CheckpointError)
+        from_first_rank(lambda: self._complete(pending.state, pending.more_files, records), CheckpointError)
 
     def any_rank(self, answer: bool) -> bool:
         """Whether any rank says yes."""
@@ -186,7 +192,7 @@ class Saver:
 
     # -- the parts -------------------------------------------------------------------------------------------------
 
-    def _begin(self, state: RunState, blocks: dict, folder: Path, background: bool) -> _Pending:
+    def _begin(self, state: RunState, more: dict[str, bytes], blocks: dict, folder: Path, background: bool) -> _Pending:
         make_queue = getattr(filesystem_async, MAKE_QUEUE)
         setattr(filesystem_async, MAKE_QUEUE, queue.Queue)  # else a process of its own, to hold a queue
         try:
@@ -204,7 +210,7 @@ class Saver:
         assert request is not None
         # On this thread: on a GPU it waits for the device, and a new thread's device is another one.
         buckets = request.preload_fn() if request.preload_fn is not None else []
-        pending = _Pending(state, request, buckets)
+        pending = _Pending(state, more, request, buckets)
         if background:
             pending.writing = self._writer.submit(pending.write)
         else:
@@ -243,11 +249,11 @@ class Saver:
                 raise  # a RuntimeError is a broken collective, unless torch.save says so of a file
             self._give_up(step, f"{type(error).__name__}: {error}")
 
-    def _complete(self, state: RunState, records: dict[str, dict[str, Any]]) -> None:
+    def _complete(self, state: RunState, more: dict[str, bytes], records: dict[str, dict[str, Any]]) -> None:
         folder, final = partial_folder(self.root, state.step), iteration_folder(self.root, state.step)
         try:
             self._check_written(folder, records)
-            self._seal(folder, state, records)
+            self._seal(folder, {**more, STATE: state.to_json().encode()}, records)
         except OSError as error:
             self._give_up(state.step, str(error))
         for name, content in self._side_files.items():
@@ -271,9 +277,10 @@ class Saver:
                     "to a folder that all nodes share"
                 )
 
-    def _seal(self, folder: Path, state: RunState, records: dict[str, dict[str, Any]]) -> None:
-        """Add the small files and bring all to the disk."""
-        (folder / STATE).write_text(state.to_json())
+    def _seal(self, folder: Path, files: dict[str, bytes], records: dict[str, dict[str, Any]]) -> None:
+        """Add the `files` that no other rank has, and bring all to the disk."""
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         for path in folder.iterdir():
             if path.name not in records:
                 records[path.name] = file_record(path)

@@ -17,6 +17,7 @@ from remax_megatron.errors import UserError
 if TYPE_CHECKING:
     from remax_megatron.policy.training_state import TrainingState
     from remax_megatron.rollout.engine import Engine
+    from remax_megatron.rollout.remote import RemoteEngine
     from remax_megatron.update import Learner
 
 STATE = "state.json"
@@ -48,7 +49,12 @@ class RunState:
 
 
 def capture(
-    step: int, config: Config, learner: Learner, engine: Engine, train_prompts: str, accuracy: float | None
+    step: int,
+    config: Config,
+    learner: Learner,
+    engine: Engine | RemoteEngine,
+    train_prompts: str,
+    accuracy: float | None,
 ) -> RunState:
     """The state of a run after `step`.
 
@@ -88,7 +94,7 @@ def restore_optimizers(state: RunState, folder: Path, training_states: Sequence[
         training_state.load_optimizer(folder, num_updates)
 
 
-def restore(state: RunState, learner: Learner, engine: Engine) -> None:
+def restore(state: RunState, learner: Learner, engine: Engine | RemoteEngine) -> None:
     """Bring the rest of the run to where `capture` found it."""
     learner.load_state_dict(state.learner)
     engine.resume_at(state.weight_version)

@@ -381,6 +381,19 @@ class RolloutConfig:
     tensor_model_parallel_size: int = setting(
         1, limits=POSITIVE, on_resume=MAY_CHANGE, help="Ranks between which the engine's matrices are cut."
     )
+    num_ranks: int | None = setting(
+        None,
+        limits=POSITIVE,
+        on_resume=MAY_CHANGE,
+        help="With trainer.placement=split: how many ranks, the last ones, hold the engine and nothing else; null: "
+        "half of them.",
+    )
+    ahead: int = setting(
+        0,
+        choices=(0, 1),
+        help="With trainer.placement=split: 1 has the answers of the next step written while this one trains, by "
+        "weights that are one step older; see docs/running.md.",
+    )
     gpu_memory_utilization: float = setting(
         0.6,
         limits=POSITIVE_SHARE,
@@ -656,6 +669,12 @@ class Trainer:
         on_resume=MUST_MATCH,
         help="Steps at the start in which only the critic learns, with algorithm.adv_estimator=gae.",
     )
+    placement: str = setting(
+        "colocated",
+        choices=("colocated", "split"),
+        help="Every rank holds policy and engine, in turns; or some of the ranks hold the engine alone, and the others "
+        "the policy.",
+    )
     device: str = setting(
         "auto", choices=("auto", "cuda", "cpu"), help="Where the run computes; auto: on a GPU if there is one."
     )
@@ -763,6 +782,14 @@ def expects_cpu(config: Config) -> bool:
     if config.trainer.device != "auto":
         return config.trainer.device == "cpu"
     return not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists()
+
+
+def num_engine_ranks(config: Config, world_size: int) -> int:
+    """Count the ranks, of `world_size`, that hold the engine and nothing else."""
+    if config.trainer.placement != "split":
+        return 0
+    num_ranks = config.actor_rollout_ref.rollout.num_ranks
+    return world_size // 2 if num_ranks is None else num_ranks
 
 
 def needs_reference(config: Config) -> bool:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from remax_megatron.errors import UserError
+from remax_megatron.parallel.whole_run import whole_run
 
 INTERRUPTED = 128 + signal.SIGINT
 # Keys in the rendezvous store. It outlives the ranks when torchrun starts them anew.
@@ -55,7 +56,7 @@ def ends_all_ranks(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]
                     get_error_handler().record_exception(error)
             within(CLEANUP_S, cleanup)
             sys.stdout.flush()
-            if dist.is_initialized() and dist.get_world_size() > 1 and code != INTERRUPTED:
+            if dist.is_initialized() and whole_run().size > 1 and code != INTERRUPTED:
                 time.sleep(max(0.0, began + LINGER_S - time.monotonic()))
         finally:
             os._exit(code)
@@ -87,7 +88,7 @@ def _first_failure(mine: str) -> str:
 
     def ask() -> None:
         try:
-            said.append(write_first_failure(dist.distributed_c10d._get_default_store(), mine))
+            said.append(write_first_failure(whole_run().store, mine))
         except (RuntimeError, ValueError):  # the store's host is gone; the group is
             said.append(mine)
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from remax_megatron.parallel import cpu_platform
+from remax_megatron.parallel.whole_run import WholeRun, join
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,12 @@ class Layout:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def init_distributed(device: str, timeout_s: int) -> torch.device:
-    """Join torchrun's process group (gloo on CPU, NCCL on GPUs). Every rank calls; returns this rank's device."""
+def init_distributed(device: str, timeout_s: int, num_engine_ranks: int = 0) -> torch.device:
+    """Join torchrun's ranks. Every rank calls; returns this rank's device.
+
+    The default process group (gloo on CPU, NCCL on GPUs) is of all ranks, or, where the last `num_engine_ranks` hold
+    the engine alone, of those of this rank's side.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -55,11 +60,20 @@ def init_distributed(device: str, timeout_s: int) -> torch.device:
         cpu_platform.prepare()
     if "RANK" not in os.environ:
         os.environ |= _alone()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    whole = WholeRun(rank, size, num_engine_ranks, store)
+    join(whole)
+    first, side_size = (
+        (whole.num_policy_ranks, num_engine_ranks) if whole.is_engine_only else (0, whole.num_policy_ranks)
+    )
     dist.init_process_group(
         backend="nccl" if device == "cuda" else "gloo",
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=datetime.timedelta(seconds=timeout_s),
+        store=dist.PrefixStore("engine" if whole.is_engine_only else "policy", store),
+        rank=rank - first,
+        world_size=side_size,
+        timeout=timeout,
     )
     return local
 

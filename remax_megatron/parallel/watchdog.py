@@ -10,7 +10,8 @@ All of these do nothing while no watchdog runs. Two threads per rank: *talk* exc
 of its own to the rendezvous store, and may block there for ever, since a store behind a cut link answers nothing and
 refuses nothing. *watch* touches no network, and ends this process with code 1 when
   - a rank has reported a failure (failure.py),
-  - this rank's main thread has not beaten for `progress_timeout_s`: it is stuck, or waits for one that is,
+  - this rank's main thread has not beaten for `progress_timeout_s`: it is stuck, or waits for one that is (an engine's
+    rank of a split run that is `idle` may be so for ever),
   - another rank's heartbeat has stood still for `dead_after_s`: killed, frozen, or its host unreachable,
   - the store has not answered for `dead_after_s`.
 Deadlines run on a clock of this rank that stands still while the process is frozen; only for the question which of
@@ -40,11 +41,18 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from remax_megatron.parallel import failure
+from remax_megatron.parallel.whole_run import whole_run
 
 START, BETWEEN = "start", "between phases"  # before the first named phase; after it, outside of all
+IDLE = "idle"  # with nothing to do until another rank calls, for as long as that takes
 START_PATIENCE = 2.5
 _THREADS = "watchdog"
-_EXCHANGES = ("torch.distributed.distributed_c10d", "megatron.core.pipeline_parallel.p2p_", "vllm.distributed")
+_EXCHANGES = (
+    "torch.distributed.distributed_c10d",
+    "megatron.core.pipeline_parallel.p2p_",
+    "vllm.distributed",
+    "remax_megatron.parallel.link",
+)
 _STDERR = 2  # written to directly: a stuck main thread may hold the lock of sys.stderr
 
 
@@ -243,9 +251,10 @@ class Watchdog:
                 f"{self._name(first)} (no sign of life for {silent[first]:.0f} s: dead, frozen or cut off"
                 f"{f'; so are {others}' if others else ''})"
             )
-        if self._clock_s - self._place.since_s > self._progress_timeout_s:
+        if self._place.phase != IDLE and self._clock_s - self._place.since_s > self._progress_timeout_s:
             beats = {r: peer.heartbeat for r, peer in self._peers.items() if not peer.heartbeat.done}
             beats[self._rank] = self._heartbeat()
+            beats = {rank: beat for rank, beat in beats.items() if beat.place.phase != IDLE}
             # Who waits for others is not to blame, if it can be seen; NCCL's waits cannot, then it is who beat first.
             first = min(beats, key=lambda rank: (beats[rank].waits, beats[rank].place.wall_s))
             return f"{self._name(first)} (no progress for {time.time() - beats[first].place.wall_s:.0f} s)"
@@ -321,14 +330,15 @@ def start(
     dead_after_s: float = 20.0,
     poll_s: float = 2.0,
 ) -> None:
-    """Start this rank's watchdog over the default process group; the arguments are Watchdog's. Collective: every rank
+    """Start this rank's watchdog over all ranks of the run; the arguments are Watchdog's. Collective: every rank
     calls."""
     global _current
     assert _current is None, "a watchdog runs already"
+    whole = whole_run()
     _current = Watchdog(
-        dist.distributed_c10d._get_default_store(),
-        dist.get_rank(),
-        dist.get_world_size(),
+        whole.store,
+        whole.rank,
+        whole.size,
         progress_timeout_s,
         cleanup=cleanup,
         dead_after_s=dead_after_s,
@@ -348,6 +358,11 @@ def beat(detail: str) -> None:
     """The main thread is at `detail` of its phase, such as "micro-batch 3 of 7"."""
     if _current is not None:
         _current.beat_detail(detail)
+
+
+def idle() -> contextlib.AbstractContextManager[None]:
+    """The main thread has nothing to do within the block until another rank calls, and may be there for ever."""
+    return phase(IDLE)
 
 
 def phase(name: str) -> contextlib.AbstractContextManager[None]:

@@ -5,7 +5,8 @@
     counted.peak("update")          the sum, in bytes
 
 Phases: `update` (forward and backward), `optimizer` (its step), `sync` (weights into the engine), `canary`, `rollout`;
-and `critic`, the update of PPO's critic, and `critic's optimizer`.
+and `critic`, the update of PPO's critic, and `critic's optimizer`. Where the engine has ranks of its own
+(trainer.placement=split) the last three are theirs, and the policy's are `sending` and `scoring`.
 The rank is one of the pipeline stage that needs most; all its tensor- and data-parallel peers hold the same.
 
 Every term says where it comes from. In the comments e is the bytes of an element, T the tokens of a micro-batch, s is
@@ -26,7 +27,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from remax_megatron.config.schema import Config, critic_as_actor, has_critic, needs_reference, recompute_of
+from remax_megatron.config.schema import (
+    Config,
+    critic_as_actor,
+    has_critic,
+    needs_reference,
+    num_engine_ranks,
+    recompute_of,
+)
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rollout.memory import CANARY_TOKENS, NUM_CANARIES, NUM_GENERATED, canary_bytes, largest_module_bytes
 from remax_megatron.weights.buckets import peak_elements, plan_buckets
@@ -38,6 +46,7 @@ GRADIENT = 4  # bytes, of either
 ASSUMED_CARD = 80 * 10**9  # bytes, where there is no GPU to ask
 MORE_CHECKPOINTS = 2  # beside max_ckpt_to_keep: the best, and the one being written
 CARD_MARGIN = 0.9  # of a card; what the ledger does not count needs the rest
+OF_THE_ENGINE = ("sync", "canary", "rollout")  # phases that ranks of its own have in a split run
 MIB = 2**20
 HEAD_TILE, HEAD_TILE_ON_CPU = 64 * MIB, 8 * MIB  # bytes of a tile of float32 logits; algorithm.logprob
 CUBLAS_WORKSPACE = 32 * MIB  # Transformer Engine's, on sm90: cpp_extensions/gemm.py
@@ -124,7 +133,8 @@ def full_micro_batch(config: Config, world_size: int) -> MicroBatch:
     if not actor.use_dynamic_bsz:
         tokens = int((actor.ppo_micro_batch_size_per_gpu or 1) * per_row)
     rows = (actor.ppo_mini_batch_size or data.train_batch_size) * n
-    count = math.ceil(rows * per_row / tokens / max(1, world_size // tp_pp))
+    policy_ranks = world_size - num_engine_ranks(config, world_size)
+    count = math.ceil(rows * per_row / tokens / max(1, policy_ranks // tp_pp))
     return MicroBatch(tokens=tokens, scored=int(tokens * answer / per_row), count=max(1, count))
 
 
@@ -211,11 +221,14 @@ class _Rank:
         megatron = config.actor_rollout_ref.actor.megatron
         self.config, self.facts, self.megatron, self.batch, self.stack = config, facts, megatron, batch, stack
         self.rollout = config.actor_rollout_ref.rollout
-        self.card, self.stage, self.world_size = card, stage, world_size
+        self.card, self.stage = card, stage
+        own = num_engine_ranks(config, world_size)
+        self.is_split, self.engine_ranks, self.policy_ranks = own > 0, own or world_size, world_size - own
         self.tp, self.pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
         self.vpp = megatron.virtual_pipeline_model_parallel_size or 1
         self.count = parameters(facts, self.tp, self.pp, self.vpp)[stage]
-        self.shards = world_size // (self.tp * self.pp) if megatron.use_distributed_optimizer else 1
+        self.dp = self.policy_ranks // (self.tp * self.pp)
+        self.shards = self.dp if megatron.use_distributed_optimizer else 1
         self.element = BYTES[megatron.dtype][0]
         self.cut = self.tp if megatron.sequence_parallel else 1  # s
         self.has_te = stack.layers == "transformer_engine"
@@ -225,14 +238,13 @@ class _Rank:
     # -- phases ----------------------------------------------------------------------------------------------------
 
     def phases(self) -> dict[str, dict[str, int]]:
-        held, away, share = self.held(), self.offloaded(), {"engine": self.engine()}
+        held, away = self.held(), self.offloaded()
+        share = {} if self.is_split else {"engine": self.engine()}
         waits = {name: size - away.get(name, 0) for name, size in held.items()} | share
         made = {
             "update": {name: size for name, size in held.items() if not self.comes_back_late(name)} | self.passes(),
             "optimizer": held | self.adam_step(),
-            "sync": waits | self.buckets(),
-            "canary": waits | self.canary(),
-            "rollout": waits,
+            **self.beside_the_engine(waits),
         }
         if self.critic is not None:
             critic_waits = self.critic.model_terms(waiting=True)
@@ -241,7 +253,30 @@ class _Rank:
             late = {f"critic's {name}" for name in self.critic.held() if self.critic.comes_back_late(name)}
             made["critic"] = {name: size for name, size in policy.items() if name not in late} | self.critic.passes()
             made["critic's optimizer"] = policy | self.critic.adam_step()
+        if self.is_split:
+            made |= self.of_the_engine()
         return {phase: {name: size for name, size in terms.items() if size} for phase, terms in made.items()}
+
+    def beside_the_engine(self, waits: dict[str, int]) -> dict[str, dict[str, int]]:
+        """Phases in which the policy waits, with what it holds meanwhile, while the engine takes weights, is compared
+        and answers; on ranks of their own the policy's send the weights, of which two buckets are on their way."""
+        if self.is_split:
+            return {"sending": waits | {"buckets": 2 * self.buckets()}, "scoring": waits | self.scoring()}
+        logits, scoring = self.logits(), self.scoring()
+        return {
+            "sync": waits | {"buckets": self.buckets(), **self.module()},
+            "canary": waits | max(logits, scoring, key=lambda terms: sum(terms.values())),
+            "rollout": waits,
+        }
+
+    def of_the_engine(self) -> dict[str, dict[str, int]]:
+        """Phases of a rank that holds the engine alone; two buckets of weights are there at once."""
+        share = {"engine": self.engine()}
+        return {
+            "sync": share | {"buckets": 2 * self.buckets(), **self.module()},
+            "canary": share | self.logits(),
+            "rollout": share,
+        }
 
     def model_terms(self, waiting: bool = False) -> dict[str, int]:
         """A critic's own of `held`, by names of its own; `waiting`: while neither it nor the policy is updated."""
@@ -297,28 +332,33 @@ class _Rank:
             return engine_weights(self.config, self.facts) + int(self.rollout.kv_cache_gib * 2**30)
         return int(self.rollout.gpu_memory_utilization * self.card)
 
-    def buckets(self) -> dict[str, int]:
-        """Of the weight stream (weights.buckets, which it sends). And the module that vLLM builds anew from them before
-        it replaces the old one."""
+    def buckets(self) -> int:
+        """Of the weight stream (weights.buckets, which it sends)."""
         element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
         bucket_bytes = self.rollout.sync_bucket_mb * MIB
         planned = plan_buckets(self.facts, self.tp, self.pp, self.vpp, element, bucket_bytes)
-        return {
-            "buckets": element * peak_elements(planned, self.tp, self.pp),
-            "module of the engine": largest_module_bytes(self.facts, self.rollout.tensor_model_parallel_size, element),
-        }
+        return element * peak_elements(planned, self.tp, self.pp)
 
-    def canary(self) -> dict[str, int]:
-        """vLLM makes the log-probabilities of a whole prompt at once, beside what it has set aside. Then the policy
-        scores the prompts and continuations of all replicas: a layer's MLP, its norms and the residual stream."""
+    def module(self) -> dict[str, int]:
+        """The module that vLLM builds anew from the weights before it replaces the old one."""
+        element = BYTES[self.rollout.dtype or self.megatron.dtype][0]
+        tp = self.rollout.tensor_model_parallel_size
+        return {"module of the engine": largest_module_bytes(self.facts, tp, element)}
+
+    def logits(self) -> dict[str, int]:
+        """vLLM makes the log-probabilities of a whole prompt of the canary at once, beside what it has set aside."""
+        return {"logits of the canary": canary_bytes(self.facts, self.config.data.max_prompt_length)}
+
+    def scoring(self) -> dict[str, int]:
+        """The policy scores the canary's prompts and continuations of all replicas: a layer's MLP, its norms and the
+        residual stream."""
         longest = min(CANARY_TOKENS, self.config.data.max_prompt_length)
-        tp, dp = self.rollout.tensor_model_parallel_size, self.world_size // (self.tp * self.pp)
-        rows = -(-NUM_CANARIES * max(1, self.world_size // tp) // dp)
+        replicas = max(1, self.engine_ranks // self.rollout.tensor_model_parallel_size)
+        rows = -(-NUM_CANARIES * replicas // self.dp)
         tokens = min(rows * (longest + NUM_GENERATED), self.batch.tokens)
         tokens //= self.pp if self.vpp > 1 else 1  # so many micro-batches at least
         whole = self.element * self.facts.hidden_size * (self.cut > 1)  # before a row-parallel layer scatters it
-        logits, scoring = canary_bytes(self.facts, longest), tokens * (self.mlp() + 4 * self.stream() + whole)
-        return {"scoring of the canary": scoring} if scoring > logits else {"logits of the canary": logits}
+        return {"scoring of the canary": tokens * (self.mlp() + 4 * self.stream() + whole)}
 
     # -- forward and backward --------------------------------------------------------------------------------------
 

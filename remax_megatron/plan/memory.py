@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from remax_megatron.config.rules import validate
-from remax_megatron.config.schema import ACTOR, Config, ConfigError
+from remax_megatron.config.schema import ACTOR, Config, ConfigError, num_engine_ranks
 from remax_megatron.config.setting import set_value
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan.engine_time import WORKSPACE, cache_bytes_per_token, cache_tokens
@@ -17,6 +17,7 @@ from remax_megatron.plan.gpus import Gpu
 from remax_megatron.plan.ledger import (
     BYTES,
     CARD_MARGIN,
+    OF_THE_ENGINE,
     Ledger,
     Stack,
     engine_weights,
@@ -101,9 +102,10 @@ def memory(config: Config, facts: ModelFacts, world_size: int, machine: Machine)
     longest = config.data.max_prompt_length + config.data.max_response_length
     lacking = longest - cache_tokens(config, facts, machine.gpu, machine.on_cpu)
     short = lacking * cache_bytes_per_token(config, facts)
-    megatron = config.actor_rollout_ref.actor.megatron
-    per_stage = world_size // megatron.pipeline_model_parallel_size
-    return Memory(made, machine.limit, short, made.stage * per_stage)
+    own = num_engine_ranks(config, world_size)
+    per_stage = (world_size - own) // config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
+    of_engine = own and made.worst in OF_THE_ENGINE
+    return Memory(made, machine.limit, short, world_size - own if of_engine else made.stage * per_stage)
 
 
 def largest_budget(config: Config, facts: ModelFacts, world_size: int, machine: Machine) -> int | None:
@@ -142,7 +144,8 @@ def host_bytes(config: Config, facts: ModelFacts, world_size: int) -> int:
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     count = max(parameters(facts, tp, pp, megatron.virtual_pipeline_model_parallel_size or 1))
     weight, state = BYTES[megatron.dtype]
-    shards = world_size // (tp * pp) if megatron.use_distributed_optimizer else 1
+    policy_ranks = world_size - num_engine_ranks(config, world_size)
+    shards = policy_ranks // (tp * pp) if megatron.use_distributed_optimizer else 1
     away = count * state // shards * megatron.optimizer_offload
     away += count * weight * config.actor_rollout_ref.ref.megatron.param_offload
     return away * config.trainer.n_gpus_per_node

@@ -24,7 +24,14 @@ import numpy as np
 
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.batching.schedule import Schedule, row_cost, schedule_by_rows, schedule_by_tokens
-from remax_megatron.config.schema import Config, critic_as_actor, has_critic, needs_reference, recompute_of
+from remax_megatron.config.schema import (
+    Config,
+    critic_as_actor,
+    has_critic,
+    needs_reference,
+    num_engine_ranks,
+    recompute_of,
+)
 from remax_megatron.flops import ForwardFlops, RowGroup, UpdateFlops
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan.engine_time import (
@@ -61,6 +68,7 @@ class StepTime:
     imbalance       share of the update in which the mean data-parallel rank waits for the busiest
     bubble          share of the update's passes in which a stage waits for the pipeline
     tail            share of the engine's steps at the end in which few answers still write
+    ahead           the engine, on ranks of its own, writes the next step's answers while this one trains
     """
 
     phases: dict[str, Phase]
@@ -70,10 +78,16 @@ class StepTime:
     imbalance: float
     bubble: float
     tail: float
+    ahead: bool = False
 
     def seconds(self, efficiencies: Efficiencies) -> float:
         """Compute the seconds of the step."""
-        return sum(phase.seconds(efficiencies) for phase in self.phases.values())
+        of = {name: phase.seconds(efficiencies) for name, phase in self.phases.items()}
+        written = sum(of.pop(name, 0.0) for name in ("rollout", "reward"))
+        if not self.ahead:
+            return written + sum(of.values())
+        sync = of.pop("sync")
+        return max(written, sum(of.values())) + sync
 
 
 class Batch(NamedTuple):
@@ -218,6 +232,8 @@ class Model:
         trained_share: float = 1.0,
     ) -> None:
         self.config, self.facts, self.world_size, self.gpu, self.batch = config, facts, world_size, gpu, batch
+        own = num_engine_ranks(config, world_size)
+        self.is_split, self.engine_ranks, self.policy_ranks = own > 0, own or world_size, world_size - own
         self.trained_share = trained_share
         self.actor, self.rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
         self.megatron = self.actor.megatron
@@ -225,7 +241,7 @@ class Model:
         self.tp = self.megatron.tensor_model_parallel_size
         self.pp = self.megatron.pipeline_model_parallel_size
         self.vpp = self.megatron.virtual_pipeline_model_parallel_size or 1
-        self.dp = world_size // (self.tp * self.pp)
+        self.dp = self.policy_ranks // (self.tp * self.pp)
         self.element, self.state = BYTES[self.megatron.dtype]
         self.count = max(parameters(facts, self.tp, self.pp, self.vpp))
         self.per_node = config.trainer.n_gpus_per_node
@@ -247,6 +263,7 @@ class Model:
             imbalance=passes.imbalance * passes.compute / total if total else 0.0,
             bubble=passes.bubble / total if total else 0.0,
             tail=decoded.tail_steps / max(1, decoded.num_steps),
+            ahead=self.rollout.ahead == 1,
         )
 
     # -- links ---------------------------------------------------------------------------------------------------------
@@ -259,6 +276,11 @@ class Model:
         on_node = max(1, self.per_node // stride)
         return min(self.gpu.node_rate, on_node * self.gpu.network_rate)
 
+    def link_rate(self) -> float:
+        """Bytes/s from the first of the policy's ranks to the engine's, of a split run."""
+        far = self.world_size > self.per_node
+        return self.gpu.network_rate if far else self.gpu.node_rate
+
     def gathering(self, size: int, stride: int, num_bytes: float) -> float:
         """Seconds of an all-gather or a reduce-scatter of `num_bytes` in all."""
         return num_bytes * (size - 1) / size / self.ring_rate(size, stride)
@@ -270,20 +292,20 @@ class Model:
         room = cache_tokens(self.config, self.facts, self.gpu, self.on_cpu)
         tp, assumed = self.rollout.tensor_model_parallel_size, Efficiencies()
         found = []
-        for requests in replicas(self.batch.requests, self.world_size // tp):
+        for requests in replicas(self.batch.requests, self.engine_ranks // tp):
             made = decode(requests, self.rollout.max_num_seqs, max(room, 1))
             per_prompt = max(1, len(self.batch.requests[0][1]))
             prompts = [prompt for prompt, _ in requests[::per_prompt]]
             parts = [prefill_part(self.facts, self.gpu, tp, prompts)]
             parts += engine_step_parts(self.config, self.facts, self.gpu, made)
-            if not self.on_cpu:
+            if not self.on_cpu and not self.is_split:
                 parts.append(Part("sleeping and waking", 1, "sleep_s"))
             found.append((Phase.of(parts), made))
         return max(found, key=lambda one: one[0].seconds(assumed))
 
     def rewards(self) -> Phase:
         """Of one replica's answers, by its processes."""
-        engines = self.world_size // self.rollout.tensor_model_parallel_size
+        engines = self.engine_ranks // self.rollout.tensor_model_parallel_size
         answers = -(-len(self.batch.requests) // engines) * len(self.batch.requests[0][1])
         count = answers / self.config.reward.num_workers
         return Phase.of([Part("scoring of answers", count, "reward_s")])
@@ -341,7 +363,7 @@ class Model:
         """A micro-batch's hidden states to the next stage, and their gradient back."""
         if self.pp == 1:
             return 0.0
-        far = self.world_size > self.per_node
+        far = self.policy_ranks > self.per_node
         cut = self.tp if self.megatron.sequence_parallel else 1
         size = self.element * self.facts.hidden_size * made.tokens * self.vpp * (1 if forward_only else 2) / cut
         return size / (self.gpu.network_rate if far else self.gpu.node_rate)
@@ -427,6 +449,7 @@ class Model:
         return Phase.of(
             [
                 Part("gathering of shards", gathered + stages, "exchange_bandwidth"),
+                *([Part("sending to the engine", whole / self.link_rate(), "exchange_bandwidth")] * self.is_split),
                 Part("copies into the engine", COPIES * whole / self.gpu.memory_rate, "stream_bandwidth"),
                 Part("tensors of the stream", num_tensors, "tensor_s"),
                 *self.canary(),

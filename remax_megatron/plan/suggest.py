@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config
+from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, num_engine_ranks
 from remax_megatron.config.setting import set_value, value_of
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan.fitting import GRANULARITY, ROLLOUT_TP, SHARE, TOKENS, TP
+from remax_megatron.plan.ledger import OF_THE_ENGINE
 from remax_megatron.plan.lengths import DEFAULT, NAMED, Lengths
 from remax_megatron.plan.memory import Machine, is_valid, memory
 from remax_megatron.plan.parts import Efficiencies
@@ -60,12 +61,16 @@ class Search:
         found = [one for layout in self.layouts(config) for one in self.of_layout(config, layout, batch)]
         return sorted(found, key=lambda one: one.seconds)[:count]
 
+    def policy_ranks(self, config: Config) -> int:
+        """Count the ranks that train."""
+        return self.world_size - num_engine_ranks(config, self.world_size)
+
     def layouts(self, config: Config) -> Iterator[dict[str, Any]]:
         """TP and PP that the rules take."""
         per_node = config.trainer.n_gpus_per_node
         stages = [pp for pp in range(1, MOST_STAGES + 1) if self.facts.num_layers % pp == 0]
         for tp, pp in product(_divisors(per_node), stages):
-            if self.world_size % (tp * pp) == 0:
+            if self.policy_ranks(config) % (tp * pp) == 0:
                 changes: dict[str, Any] = {TP: tp, PP: pp, f"{MEGATRON}.sequence_parallel": tp > 1}
                 if value_of(config, f"{MEGATRON}.virtual_pipeline_model_parallel_size") is not None:
                     changes[f"{MEGATRON}.virtual_pipeline_model_parallel_size"] = None
@@ -84,7 +89,7 @@ class Search:
     def offloads(self) -> list[dict[str, Any]]:
         """What leaves the device during rollouts: nothing, the gradients, or the optimizer's state as well."""
         kept = [dict(zip(OFFLOADS, values, strict=True)) for values in ((False, False), (True, False), (True, True))]
-        return kept[:1] if self.machine.on_cpu else kept
+        return kept[:1] if self.machine.on_cpu or self.config.trainer.placement == "split" else kept
 
     def training(
         self, config: Config, layout: dict[str, Any], away: dict[str, Any], batch: Batch
@@ -98,7 +103,7 @@ class Search:
                 changes = layout | away | {GRANULARITY: granularity, TOKENS: _rounded(budget, layout[TP])}
                 changed = self._with(config, changes)
                 made = memory(changed, self.facts, self.world_size, self.machine)
-                updates = [name for name in made.made.phases if name not in ("sync", "canary", "rollout")]
+                updates = [name for name in made.made.phases if name not in OF_THE_ENGINE]
                 if max(map(made.made.peak, updates)) > made.limit:
                     continue
                 model = Model(changed, self.facts, self.world_size, self.machine.gpu, batch)
@@ -171,6 +176,7 @@ def on_devices(config: Config, world_size: int) -> Config:
     changed = copy.deepcopy(config)
     per_node = math.gcd(world_size, config.trainer.n_gpus_per_node)
     changed.trainer.n_gpus_per_node, changed.trainer.nnodes = per_node, world_size // per_node
+    changed.actor_rollout_ref.rollout.num_ranks = None  # half of the ranks, of a split run
     recompute = changed.actor_rollout_ref.actor.megatron.override_transformer_config
     recompute.recompute_method = recompute.recompute_num_layers = recompute.recompute_modules = None
     return changed

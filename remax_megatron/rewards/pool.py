@@ -4,6 +4,8 @@
         results = pool.score([ScoreRequest("openai/gsm8k", answer.text, "18")])  # in the order of the requests
         check_failures(results, max_share=0.05)
 
+Answers that are written one after the other are scored meanwhile: `begin` and `Scoring`.
+
 An answer whose scorer overruns its deadline costs its worker (SIGKILL, a new one starts) and gets score 0 with outcome
 "timeout"; an exception is "error", a worker that dies is "crash"; all other answers are unaffected. Workers are fresh
 interpreters (worker.py), take many cheap answers per message or few expensive ones, and never outlive this process. A
@@ -127,51 +129,51 @@ class RewardPool:
     def score(
         self, requests: Sequence[ScoreRequest], *, max_failure_share: float = 1.0, num_answers: int | None = None
     ) -> list[ScoreResult]:
-        """The result of each request, in order. Any error or Ctrl-C closes the pool.
+        """The result of each request, in order; the rest is as in `begin`."""
+        scoring = self.begin(len(requests), max_failure_share=max_failure_share, num_answers=num_answers)
+        for request in requests:
+            scoring.add(request)
+        return scoring.results()
+
+    def begin(self, num_requests: int, *, max_failure_share: float = 1.0, num_answers: int | None = None) -> Scoring:
+        """Score `num_requests` answers that are still to come; the batch before must be done.
 
         RewardFailures as soon as more than that share of `num_answers` (of all pools together; None: these requests)
         have failed, so that a scorer that hangs does not hold the other ranks up until their collectives time out.
         """
         if not self._workers:
             raise RewardError("this reward pool is closed")
-        try:
-            return self._score(requests, max_failure_share, num_answers or len(requests))
-        except BaseException:
-            self.close()
-            raise
+        return Scoring(self, num_requests, max_failure_share, num_answers or num_requests)
 
-    def _score(self, requests: Sequence[ScoreRequest], max_share: float, num_answers: int) -> list[ScoreResult]:
-        results: dict[int, ScoreResult] = {}
-        todo = deque(range(len(requests)))
-        while len(results) < len(requests):
-            for worker in self._workers:
-                if todo and self._is_ready(worker) and (size := self._room(worker, len(todo), len(requests))) > 0:
-                    indices = [todo.popleft() for _ in range(min(size, len(todo)))]
-                    worker.send([(i, requests[i]) for i in indices], self.timeout_s)
-            now = time.monotonic()
-            watched = [w for w in self._workers if w.pending or not w.ready]
-            next_deadline = min(w.deadline(self.timeout_s) for w in watched)
-            readable = wait([w.connection for w in watched], timeout=max(0.0, min(next_deadline - now, _LOOK_S)))
-            for worker in watched:
-                if worker.connection in readable:
-                    self._take(worker, results, todo)
-                elif (late := worker.late_sample(self.timeout_s)) is not None:
-                    self._end(worker, results, todo, late)
-            failed = [result for result in results.values() if result.outcome != "ok"]
-            if len(failed) > max_share * num_answers:
-                raise _too_many(failed, num_answers, max_share)
-        return [results[i] for i in range(len(requests))]
+    def advance(self, scoring: Scoring, wait_s: float) -> None:
+        """Send what workers have room for, and take what they have finished; waits `wait_s` for that at most."""
+        todo, results = scoring.todo, scoring.scored
+        for worker in self._workers:
+            if todo and self._is_ready(worker) and (size := self._room(worker, scoring)) > 0:
+                indices = [todo.popleft() for _ in range(min(size, len(todo)))]
+                worker.send([(i, scoring.requests[i]) for i in indices], self.timeout_s)
+        watched = [w for w in self._workers if w.pending or not w.ready]
+        if not watched:
+            return
+        next_deadline = min(w.deadline(self.timeout_s) for w in watched)
+        wait_s = max(0.0, min(next_deadline - time.monotonic(), wait_s))
+        readable = wait([w.connection for w in watched], timeout=wait_s)
+        for worker in watched:
+            if worker.connection in readable:
+                self._take(worker, results, todo)
+            elif (late := worker.late_sample(self.timeout_s)) is not None:
+                self._end(worker, results, todo, late)
 
-    def _room(self, worker: _Worker, num_left: int, num_all: int) -> int:
-        """How many more answers the worker is sent, of `num_left` that no worker has, of `num_all`."""
+    def _room(self, worker: _Worker, scoring: Scoring) -> int:
+        """How many more answers the worker is sent, of those that no worker has."""
+        fair = -(-scoring.num_requests // len(self._workers))
         if worker.kind == ASYNC:
-            fair = -(-num_all // len(self._workers))
             return min(self._setup.async_concurrency, fair) - len(worker.pending)
         if worker.pending:
             return 0
         if worker.kind == BATCH:
-            return -(-num_all // len(self._workers))
-        return max(1, min(self._chunk_size, num_left // (2 * len(self._workers))))
+            return fair if len(scoring.requests) == scoring.num_requests else 0
+        return max(1, min(self._chunk_size, len(scoring.todo) // (2 * len(self._workers))))
 
     def _is_ready(self, worker: _Worker) -> bool:
         """Whether chunks can be sent. One that died between two calls (its starting thread ended) is replaced."""
@@ -241,6 +243,44 @@ class RewardPool:
         place = self._workers.index(worker)
         worker.kill()
         self._workers[place] = _Worker(self._setup, self._folder)
+
+
+class Scoring:
+    """A batch of answers that are scored while others of it are still being written: `add` each, `poll` in between,
+    take all `results` in the end. Any error or Ctrl-C closes the pool. Made by `RewardPool.begin`, where the errors of
+    all three are said."""
+
+    def __init__(self, pool: RewardPool, num_requests: int, max_share: float, num_answers: int):
+        self.num_requests = num_requests
+        self.requests: list[ScoreRequest] = []
+        self.todo: deque[int] = deque()  # indices of requests that no worker has
+        self.scored: dict[int, ScoreResult] = {}
+        self._pool, self._max_share, self._num_answers = pool, max_share, num_answers
+
+    def add(self, request: ScoreRequest) -> None:
+        """Take one more request."""
+        self.todo.append(len(self.requests))
+        self.requests.append(request)
+
+    def poll(self, wait_s: float = 0.0) -> None:
+        """Let the workers go on; waits for one of them at most `wait_s` seconds."""
+        before = len(self.scored)
+        try:
+            self._pool.advance(self, wait_s)
+            if len(self.scored) > before:
+                failed = [result for result in self.scored.values() if result.outcome != "ok"]
+                if len(failed) > self._max_share * self._num_answers:
+                    raise _too_many(failed, self._num_answers, self._max_share)
+        except BaseException:
+            self._pool.close()
+            raise
+
+    def results(self) -> list[ScoreResult]:
+        """Wait for the result of each request; they are in the order of `add`."""
+        assert len(self.requests) == self.num_requests, "all answers are there"
+        while len(self.scored) < self.num_requests:
+            self.poll(_LOOK_S)
+        return [self.scored[i] for i in range(self.num_requests)]
 
 
 class _Worker:

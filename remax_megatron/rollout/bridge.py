@@ -11,14 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from remax_megatron.policy.policy import Policy
 from remax_megatron.rollout.engine import CanaryPrompt, Engine
 from remax_megatron.rollout.memory import CANARY_TOKENS, NUM_CANARIES, NUM_GENERATED
 from remax_megatron.types import Prompt, Row
+
+if TYPE_CHECKING:
+    from remax_megatron.rollout.remote import RemoteEngine
 
 # Largest accepted difference of log-probabilities in nats: of any token in float32, on average in bfloat16.
 THRESHOLD = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -32,8 +35,9 @@ class CanaryError(RuntimeError):
 class SyncReport:
     """One sync: `num_bytes` of Hugging Face tensors in `seconds` (canary excluded), and the canary's differences.
 
-    `engine_asleep_bytes` is what the device held beside torch's memory in the sleep before; None on a CPU, and before
-    the first sleep.
+    `engine_pause_s` are the seconds in which an engine on ranks of its own took the weights and wrote nothing; None
+    where it shares its ranks with the policy. `engine_asleep_bytes` is what the device held beside torch's memory in
+    the sleep before; None on a CPU, and before the first sleep.
     """
 
     weight_version: int
@@ -43,6 +47,7 @@ class SyncReport:
     canary_mean: float
     canary_max: float
     engine_asleep_bytes: int | None
+    engine_pause_s: float | None = None
 
     @property
     def gb_per_s(self) -> float:
@@ -56,7 +61,7 @@ class Bridge:
     def __init__(
         self,
         policy: Policy,
-        engine: Engine,
+        engine: Engine | RemoteEngine,
         canary_prompts: Sequence[Prompt],
         *,
         dtype: str,
@@ -97,15 +102,13 @@ class Bridge:
             canary_mean=mean,
             canary_max=maximum,
             engine_asleep_bytes=self.engine.asleep_bytes,
+            engine_pause_s=self.engine.pause_s,
         )
 
     def _canary(self) -> tuple[float, float]:
         """(mean over the continuations, maximum over all canary tokens) of the absolute difference in nats."""
-        mine = self.engine.score(self._canaries)
-        replicas: list = [None] * dist.get_world_size()
-        dist.all_gather_object(replicas, mine if self.engine.leads_replica else [])
         rows = []
-        for answers in filter(None, replicas):
+        for answers in self.engine.score(self._canaries):
             for canary, (given, tokens, logprobs) in zip(self._canaries, answers, strict=True):
                 rows.append(_row(canary.token_ids[:1], [*canary.token_ids[1:], *tokens], given + logprobs))
         ours = self.policy.logprobs(rows, temperature=1.0)

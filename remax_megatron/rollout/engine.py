@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +45,20 @@ class CanaryPrompt:
     num_generated: int
 
 
+# Logprobs of a prompt's tokens, then a continuation's tokens and their logprobs.
+Scored = tuple[list[float], list[int], list[float]]
+
+
+class Listener(Protocol):
+    """Who wants to know of answers while others are still being written."""
+
+    def add(self, prompt: Prompt, answer: Completion) -> None:
+        """Take an answer that is finished."""
+
+    def poll(self) -> None:
+        """Do what can be done at once; called after each step of the engine."""
+
+
 class Engine:
     """One vLLM engine per rank; ranks of a replica answer the same prompts together and get the same tokens."""
 
@@ -62,6 +77,7 @@ class Engine:
         stop_token_ids: list[int],
         greedy: bool = True,
         keep_special_tokens: bool = False,
+        sleeps: bool = True,
     ):
         """Collective: every rank of the world calls with the same arguments, after torch.distributed is up.
 
@@ -77,6 +93,7 @@ class Engine:
         stop_token_ids       end an answer
         greedy               False leaves the greedy answers out of rollouts
         keep_special_tokens  leaves them in the texts of answers
+        sleeps               GPU: `sleep` gives memory back; False where nothing but the engine needs it
         """
         self.tokenizer, self.config, self.seed = tokenizer, config, seed
         self._stop = stop_token_ids
@@ -88,8 +105,9 @@ class Engine:
         self.num_replicas = dist.get_world_size() // config.tensor_model_parallel_size
         self.leads_replica = dist.get_rank() % config.tensor_model_parallel_size == 0
         self.weight_version = -1  # counts reloads: every answer carries the number of the weights that wrote it
-        self._asleep = False
+        self._sleeps, self._asleep = sleeps, False
         self._repack_head = device.type == "cpu" and tied_embeddings
+        self.pause_s: float | None = None  # only where the engine does not share its ranks with the policy
         self.asleep_bytes: int | None = None  # on the device beside torch's own memory, at the last sleep; GPU only
         self._num_sleeps = 0
         self._asleep_limit = 0.0
@@ -105,6 +123,7 @@ class Engine:
         """vLLM with random weights and sequences of up to `max_model_len` tokens; collective over the world."""
         config = self.config
         with _our_process_state(self.device):
+            os.environ["RANK"] = str(dist.get_rank())  # for vLLM: among the ranks that hold an engine
             from vllm import LLM
 
             return LLM(
@@ -153,7 +172,7 @@ class Engine:
         return {
             "enforce_eager": self.config.enforce_eager,
             "gpu_memory_utilization": self.config.gpu_memory_utilization,
-            "enable_sleep_mode": True,
+            "enable_sleep_mode": self._sleeps,
             # vLLM 0.24 turns FlashInfer's fused all-reduce and norm on for TP > 1 on Hopper where nvcc is found, and
             # silently leaves it off elsewhere: two machines would round differently. With several nodes it takes a
             # backend that breaks CUDA graphs (vLLM issues 35772, 45800, 45917). Can go when those are closed.
@@ -200,7 +219,7 @@ class Engine:
         graphs and buffers, the communicators of both sides. A warning when that grows by more than ASLEEP_GROWTH over
         the second sleep, or over the last warning; the first update, which opens communicators, is after the first.
         """
-        if self.device.type != "cuda":
+        if self.device.type != "cuda" or not self._sleeps:
             return
         torch.cuda.synchronize()  # asynchronous scheduling leaves work behind, and sleep unmaps memory at once
         self._llm.sleep(level=2)
@@ -241,29 +260,30 @@ class Engine:
 
     # -- answers ---------------------------------------------------------------------------------------------------
 
-    def rollout(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
-        """n sampled answers and the greedy answer for each of this replica's `prompts`; rewards not yet set.
+    def rollout(self, prompts: Sequence[Prompt], *, step: int, listener: Listener | None = None) -> list[Rollout]:
+        """n sampled answers and the greedy answer for each of this replica's `prompts`; rewards not yet set, unless the
+        `listener`, which is told of each as it is finished, has set some.
 
         The seed of a sample derives from (seed, step, prompt, sample). All ranks of the replica call. The prefix cache
         starts empty: what validation left in it would change how prompts are computed, by rounding.
         """
         self._reset_prefix_cache()
-        n, num_greedy = self.config.n, int(self._with_greedy)
+        n, num_greedy = self.config.n, self.num_answers - self.config.n
         requests, parameters = [], []
         for prompt in prompts:
-            requests += [prompt.token_ids] * (num_greedy + n)
+            requests += [prompt] * (num_greedy + n)
             parameters += [self._greedy()] * num_greedy
             seeds = [derive_seed(self.seed, step, prompt.index, i) for i in range(n)]
             parameters += [self._sampled(seed, self.config.temperature) for seed in seeds]
-        answers = iter(self._generate(requests, parameters))
+        answers = iter(self._generate(requests, parameters, listener))
         rollouts = []
         for prompt in prompts:
             greedy = next(answers) if self._with_greedy else None
             rollouts.append(Rollout(prompt, [next(answers) for _ in range(n)], greedy))
         return rollouts
 
-    def validation(self, prompts: Sequence[Prompt]) -> list[list[Completion]]:
-        """`val_kwargs.n` answers, sampled or greedy, to each of this replica's `prompts`; rewards not yet set.
+    def validation(self, prompts: Sequence[Prompt], listener: Listener | None = None) -> list[list[Completion]]:
+        """`val_kwargs.n` answers, sampled or greedy, to each of this replica's `prompts`; rewards as in `rollout`.
 
         The seed of a sample derives from (seed, "validation", prompt, sample): the same at every step, so that what
         changes between two validations is the policy. All ranks of the replica call.
@@ -271,17 +291,23 @@ class Engine:
         val = self.config.val_kwargs
         requests, parameters = [], []
         for prompt in prompts:
-            requests += [prompt.token_ids] * val.n
+            requests += [prompt] * val.n
             seeds = [derive_seed(self.seed, VALIDATION, prompt.index, i) for i in range(val.n)]
             parameters += [
                 self._sampled(seed, val.temperature, val.top_p, val.top_k) if val.do_sample else self._greedy()
                 for seed in seeds
             ]
-        answers = iter(self._generate(requests, parameters))
+        answers = iter(self._generate(requests, parameters, listener))
         return [[next(answers) for _ in range(val.n)] for _ in prompts]
 
-    def score(self, requests: Sequence[CanaryPrompt]) -> list[tuple[list[float], list[int], list[float]]]:
-        """Per request: logprobs of token_ids[1:], then the continuation's tokens and their logprobs; temperature 1.
+    @property
+    def num_answers(self) -> int:
+        """Count the answers to a training prompt."""
+        return self.config.n + int(self._with_greedy)
+
+    def score(self, requests: Sequence[CanaryPrompt]) -> list[list[Scored]]:
+        """What each replica makes of the requests, on every rank: logprobs of token_ids[1:], then the continuation's
+        tokens and their logprobs; temperature 1. Collective.
 
         The continuation is a request of its own, so that it reads the prefix cache; scoring a prompt does not.
         """
@@ -299,7 +325,9 @@ class Engine:
             given = [scored.prompt_logprobs[i][token].logprob for i, token in enumerate(request.token_ids) if i > 0]
             answer = continued.outputs[0]
             results.append((given, list(answer.token_ids), _logprobs(answer)))
-        return results
+        replicas: list = [None] * dist.get_world_size()
+        dist.all_gather_object(replicas, results if self.leads_replica else None)
+        return [scored for scored in replicas if scored is not None]
 
     def _greedy(self, max_tokens: int | None = None):
         return self._parameters(max_tokens, temperature=0.0)
@@ -318,25 +346,39 @@ class Engine:
             **sampling,
         )
 
-    def _generate(self, requests, parameters) -> list[Completion]:
-        answers = [output.outputs[0] for output in self._run(requests, parameters)]
-        texts = [self._text(answer.token_ids) for answer in answers]
-        return [
-            Completion(
+    def _generate(self, requests: Sequence[Prompt], parameters, listener: Listener | None) -> list[Completion]:
+        answers: dict[int, Completion] = {}
+        ids = [prompt.token_ids for prompt in requests]
+        for index, output in self._finished(ids, parameters, listener.poll if listener is not None else None):
+            answer = output.outputs[0]
+            answers[index] = Completion(
                 token_ids=list(answer.token_ids),
                 logprobs=_logprobs(answer),
                 finished=answer.finish_reason == "stop",
                 weight_version=self.weight_version,
-                text=text,
+                text=self._text(answer.token_ids),
             )
-            for answer, text in zip(answers, texts, strict=True)
-        ]
+            if listener is not None:
+                listener.add(requests[index], answers[index])
+        return [answers[index] for index in range(len(requests))]
 
     def _run(self, requests, parameters):
+        return [output for _, output in sorted(self._finished(requests, parameters), key=itemgetter(0))]
+
+    def _finished(self, requests, parameters, after_step: Callable[[], None] | None = None):
+        """(number of the request, vLLM's output) of each request, in the order in which they are finished."""
         if not requests:
-            return []
+            return
         prompts = [{"prompt_token_ids": list(ids)} for ids in requests]
-        return self._llm.generate(prompts, parameters, use_tqdm=False)
+        engine = self._llm.llm_engine
+        # A request's own number counts all requests of this LLM; its internal one has a random suffix.
+        first = int(self._llm.enqueue(prompts, parameters, use_tqdm=False)[0].split("-")[0])
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    yield int(output.request_id) - first, output
+            if after_step is not None:
+                after_step()
 
 
 def _logprobs(answer) -> list[float]:
@@ -354,10 +396,11 @@ def _our_process_state(device: torch.device) -> Iterator[None]:
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    precision = torch.get_float32_matmul_precision()
+    precision, rank = torch.get_float32_matmul_precision(), os.environ["RANK"]
     try:
         yield
     finally:
+        os.environ["RANK"] = rank
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)

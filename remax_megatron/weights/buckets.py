@@ -32,6 +32,11 @@ class Bucket:
     numel: int
     slots: tuple[Slot, ...]
 
+    @property
+    def hf_tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of the Hugging Face tensors that it becomes, in the order in which they come."""
+        return [one for slot in self.slots for one in zip(slot.entry.hf_names, slot.entry.hf_shapes, strict=True)]
+
 
 @cache
 def plan_buckets(facts: ModelFacts, tp: int, pp: int, vpp: int, itemsize: int, bucket_bytes: int) -> tuple[Bucket, ...]:

@@ -12,7 +12,7 @@ import pytest
 from remax_megatron.algorithm.advantages import are_informative
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.algorithm.refill import next_round, num_used, weight_factor
-from remax_megatron.refill import refill
+from remax_megatron.rollout.refill import refill
 from remax_megatron.types import Completion, Prompt, Rollout
 from tests.algorithm.test_estimators import POLICY, TRUE_GRADIENT, gradient
 

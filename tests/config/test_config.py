@@ -50,6 +50,7 @@ MODELS = {
     "qwen2_5_7b": qwen2_5(28, 3584, 18944, 28, 4, 152064, tied=False),
     "qwen2_5_14b": qwen2_5(48, 5120, 13824, 40, 8, 152064, tied=False),
     "qwen2_5_32b": qwen2_5(64, 5120, 27648, 40, 8, 152064, tied=False),
+    "qwen2_5_32b_split": qwen2_5(64, 5120, 27648, 40, 8, 152064, tied=False),
     "qwen3_4b": qwen3(36, 2560, 9728, 32, tied=True),
     "qwen3_8b": qwen3(36, 4096, 12288, 32, tied=False),
     "qwen3_14b": qwen3(40, 5120, 17408, 40, tied=False),

@@ -381,7 +381,9 @@ def test_two_ranks_under_torchrun(demo_inputs, tmp_path):
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("remax_megatron.doctor:") == 1 and len(done.stdout.splitlines()) <= 40
-    assert "gloo connects 2 ranks on" in done.stdout and "[rank" not in done.stdout
+    # A test beside this one may have killed a run a moment ago, whose shared memory the first rank then reports.
+    said = [line for line in done.stdout.splitlines() if "of dead runs" not in line]
+    assert "gloo connects 2 ranks on" in done.stdout and not any("[rank" in line for line in said)
 
 
 def two_nodes() -> list[dict[str, str]]:

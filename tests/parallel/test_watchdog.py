@@ -91,6 +91,25 @@ def orderly(rank: int, reached: Callable[[], None]) -> None:
     dist.barrier()
 
 
+def idle(rank: int, reached: Callable[[], None]) -> None:
+    """Rank 1 waits for a call of rank 0, which is busy for longer than any deadline, and then hangs."""
+    import torch
+    import torch.distributed as dist
+
+    from remax_megatron.parallel import watchdog
+
+    if rank == 1:
+        with watchdog.idle():
+            dist.broadcast(torch.zeros(1), src=0)
+    for number in range(20):
+        with watchdog.phase("update"):
+            watchdog.beat(f"micro-batch {number + 1} of 20")
+            time.sleep(0.3)
+    reached()
+    with watchdog.phase("update"):
+        oversleep()
+
+
 def be_rank(rank: int, folder: Path, scenario: str) -> None:
     """What a forked process does; does not return."""
     import torch.distributed as dist
@@ -233,6 +252,14 @@ def test_an_orderly_run_hears_nothing_of_its_watchdogs(ranks):
     run = ranks("orderly")
     assert [run.number("code", rank, 40) for rank in (0, 1)] == [0, 0]
     assert run.outputs() == ["", ""]
+
+
+def test_an_idle_rank_waits_as_long_as_the_others_work(ranks):
+    run = ranks("idle")
+    run.number("reached", 0, 40)  # the idle one has outlasted twice PROGRESS_S
+    assert [run.number("code", rank, 30) for rank in (0, 1)] == [1, 1]
+    for output in run.outputs():
+        assert re.search(r"ends because of rank 0 on node .* in phase update \(no progress", output)
 
 
 def test_without_a_watchdog_beats_do_nothing():

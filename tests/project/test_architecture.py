@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "instruments": {"ground", "config"},
     "model": {"ground", "weights", "parallel"},
     "policy": {"ground", "algorithm", "batching", "weights", "config", "parallel", "instruments", "model"},
-    "rollout": {"ground", "rewards", "config", "parallel", "instruments", "policy"},
+    "rollout": {"ground", "algorithm", "rewards", "data", "config", "parallel", "instruments", "policy"},
     "checkpoint": {"ground", "weights", "config", "parallel", "policy", "rollout"},
     "start": {"ground", "weights", "rewards", "data", "config", "parallel", "instruments", "checkpoint"},
     "plan": {"ground", "algorithm", "batching", "weights", "config", "rollout"},

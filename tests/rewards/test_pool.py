@@ -264,3 +264,43 @@ def test_thousands_of_cheap_samples_take_well_under_a_second() -> None:
         results = pool.score(requests)
         seconds = time.perf_counter() - start
     assert all(r.score == 1.0 for r in results) and seconds < 1.0, seconds
+
+
+def test_answers_are_scored_while_others_are_written(scorer: str) -> None:
+    """Four slow answers that come one after the other: at the end only the last is left to wait for."""
+    with RewardPool(2, 5.0, path=scorer) as pool:
+        pool.score(asks("warm", "up"))  # both workers are there
+        scoring = pool.begin(4)
+        for request in asks(*["sleep 0.3"] * 4):
+            scoring.add(request)
+            until = time.monotonic() + 0.4  # the next answer is being written
+            while time.monotonic() < until:
+                scoring.poll()
+                time.sleep(0.01)
+        assert len(scoring.scored) >= 3
+        began = time.monotonic()
+        assert [result.score for result in scoring.results()] == [0.0, 1.0, 2.0, 3.0]
+        assert time.monotonic() - began < 0.3
+
+
+def test_a_scorer_of_batches_still_gets_its_share_in_one_call(tmp_path: Path) -> None:
+    (tmp_path / "batch.py").write_text(
+        "def compute_score(data_sources, solution_strs, ground_truths, extra_infos):\n"
+        "    return [float(len(solution_strs))] * len(solution_strs)\n"
+    )
+    with RewardPool(1, 5.0, path=str(tmp_path / "batch.py")) as pool:
+        scoring = pool.begin(5)
+        for request in asks(*"abcde"):
+            scoring.add(request)
+            scoring.poll(0.05)
+        assert [result.score for result in scoring.results()] == [5.0] * 5
+
+
+def test_too_many_failures_end_the_batch_before_all_answers_are_written(scorer: str) -> None:
+    with RewardPool(1, 5.0, path=scorer) as pool:
+        scoring = pool.begin(10, max_failure_share=0.1)
+        scoring.add(asks("raise now")[0])
+        scoring.add(asks("raise again")[0])
+        with pytest.raises(RewardFailures, match="2 of 10 rewards failed"):
+            while True:
+                scoring.poll(0.1)

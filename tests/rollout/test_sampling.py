@@ -18,7 +18,7 @@ def asked(monkeypatch):
     def ask(val_kwargs: ValKwargs, work) -> list:
         requested = []
 
-        def generate(requests, parameters):
+        def generate(requests, parameters, listener):
             requested.extend(parameters)
             return [Completion([1], [0.0], True, 0, "") for _ in requests]
 

@@ -8,6 +8,7 @@ from typing import Any
 from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.config.load import load_config
 from remax_megatron.data.dataset import PromptDataset, batches, further
+from remax_megatron.rollout.batches import WrittenHere
 from remax_megatron.trainer import Trainer
 from remax_megatron.types import Completion, Prompt, Rollout
 
@@ -36,13 +37,17 @@ def trainer(*overrides: str, start_step: int = 0) -> Any:
     parts: dict[str, Any] = dict.fromkeys(("bridge", "val_prompts", "timer", "flops", "writer", "saver"))
     prompts = PromptDataset([Prompt(i, (1,), "s", "") for i in range(NUM_PROMPTS)], NUM_PROMPTS)
     learner = SimpleNamespace(estimator=get_estimator("remax"))
-    rest = {"train_prompts": prompts, "prompts_digest": "", "start_step": start_step, "collector": Collector()}
+    collector: Any = Collector()
+    written = WrittenHere(collector, prompts, learner.estimator, config)
+    rest = {"train_prompts": prompts, "prompts_digest": "", "start_step": start_step}
+    rest |= {"collector": collector, "batches": written}
     return Trainer(config=config, learner=learner, **parts, **rest)  # type: ignore[arg-type]
 
 
 def drawn(run: Any) -> list[list[int]]:
     """What the steps that are left train on."""
-    return [[one.prompt.index for one in run._rollouts(batch, step)[0]] for step, _, batch in run._steps()]
+    taken = (run.batches.take(step, run._batch(step)) for step, _ in run._steps())
+    return [[one.prompt.index for one in answered.rollouts] for answered in taken]
 
 
 def test_further_prompts_follow_those_of_the_step() -> None:
@@ -50,8 +55,8 @@ def test_further_prompts_follow_those_of_the_step() -> None:
     seed = run.config.trainer.seed
     batch = batches(NUM_PROMPTS, SIZE, seed, epoch=1)[0]
     order = [*batch, *further(NUM_PROMPTS, batch, seed, step=1)]
-    rollouts, metrics = run._rollouts(batch, 1)
-    found = [one.prompt.index for one in rollouts]
+    answered = run.batches.take(1, batch)
+    found, metrics = [one.prompt.index for one in answered.rollouts], answered.metrics
     assert found == order[: len(found)] and found[-1] % 4 == 0 and sum(i % 4 == 0 for i in found) == SIZE
     asked = [index for part in run.collector.asked for index in part]
     assert asked == order[: len(asked)] and metrics == {"refill/answered_prompts": len(asked)}

@@ -26,7 +26,7 @@ from remax_megatron.metrics import read_metrics
 from tests import ROOT
 
 TOOLS = ROOT.parent / "shared" / "tools" / "slurm"
-SIZES = ("3b", "7b", "14b", "32b")
+SIZES = ("3b", "7b", "14b", "32b", "32b_split")
 SCRIPTS = {size: ROOT / "slurm" / f"remax_{size}.sh" for size in SIZES}
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 STEPS = 24

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from remax_megatron.config.rules.registry import Setup, divisors, numbers, rule
 from remax_megatron.config.schema import CRITIC_MEGATRON, MEGATRON, ROLLOUT, ConfigError
+from remax_megatron.config.setting import value_of
 
+OFFLOADS = ("param_offload", "grad_offload", "optimizer_offload")
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
 
 
@@ -22,23 +24,57 @@ def ranks_match_launcher(setup: Setup) -> None:
 
 
 @rule
+def split_has_two_sides(setup: Setup) -> None:
+    """A split run has ranks for the engine and for the policy; others have no such ranks."""
+    num_ranks, ahead = setup.rollout.num_ranks, setup.rollout.ahead
+    if not setup.is_split:
+        for name, value, none in (("num_ranks", num_ranks, "null"), ("ahead", ahead or None, "0")):
+            if value is not None:
+                raise ConfigError(
+                    f"{ROLLOUT}.{name}={value} goes with trainer.placement=split, which is colocated here;"
+                    f" set trainer.placement=split, or {ROLLOUT}.{name}={none}"
+                )
+    elif not 0 < setup.engine_ranks < setup.world_size or setup.world_size < 2:
+        limit = setup.world_size - 1
+        fix = f"set it to 1 to {limit}" if limit else "start more ranks, or set trainer.placement=colocated"
+        raise ConfigError(
+            f"{ROLLOUT}.num_ranks={'null' if num_ranks is None else num_ranks} leaves no rank for the policy or none"
+            f" for the engine: {setup.world_size} were started; {fix}"
+        )
+
+
+@rule
+def split_sides_keep_their_memory(setup: Setup) -> None:
+    """Where no engine shares its ranks the policy has no need to make room."""
+    for group in (MEGATRON, *([CRITIC_MEGATRON] if setup.has_critic else [])) if setup.is_split else ():
+        for name in OFFLOADS:
+            if value_of(setup.config, f"{group}.{name}"):
+                raise ConfigError(
+                    f"{group}.{name}=True makes room for an engine that trainer.placement=split has on other ranks; set"
+                    f" {group}.{name}=False"
+                )
+
+
+@rule
 def ranks_divide_into_replicas(setup: Setup) -> None:
-    """The ranks are a whole number of replicas of the policy."""
-    if setup.world_size % (setup.tp * setup.pp):
+    """The ranks that train are a whole number of replicas of the policy."""
+    ranks = setup.policy_ranks
+    if ranks % (setup.tp * setup.pp):
         raise ConfigError(
             f"{MEGATRON}.tensor_model_parallel_size={setup.tp} x pipeline_model_parallel_size={setup.pp} does not"
-            f" divide the {setup.world_size} ranks; set the two so that their product divides {setup.world_size}"
+            f" divide the {ranks} ranks{' of the policy' if setup.is_split else ''}; set the two so that their product"
+            f" divides {ranks}"
         )
 
 
 @rule
 def rollout_tp_divides_ranks(setup: Setup) -> None:
-    """The ranks are a whole number of replicas of the engine."""
-    tp = setup.rollout.tensor_model_parallel_size
-    if setup.world_size % tp:
+    """The ranks that answer are a whole number of replicas of the engine."""
+    tp, ranks = setup.rollout.tensor_model_parallel_size, setup.engine_ranks
+    if ranks % tp:
         raise ConfigError(
-            f"{ROLLOUT}.tensor_model_parallel_size={tp} does not divide the {setup.world_size} ranks; set it to"
-            f" {numbers(divisors(setup.world_size))}"
+            f"{ROLLOUT}.tensor_model_parallel_size={tp} does not divide the {ranks} ranks"
+            f"{' of the engine' if setup.is_split else ''}; set it to {numbers(divisors(ranks))}"
         )
 
 

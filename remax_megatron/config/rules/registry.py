@@ -22,6 +22,7 @@ from remax_megatron.config.schema import (
     critic_as_actor,
     expects_cpu,
     has_critic,
+    num_engine_ranks,
 )
 from remax_megatron.model_facts import ModelFacts
 
@@ -57,6 +58,21 @@ class Setup:
     def pp(self) -> int:
         """Return the number of pipeline stages."""
         return self.megatron.pipeline_model_parallel_size
+
+    @property
+    def is_split(self) -> bool:
+        """Tell whether some ranks hold the engine alone."""
+        return self.config.trainer.placement == "split"
+
+    @property
+    def policy_ranks(self) -> int:
+        """Count the ranks that train."""
+        return self.world_size - num_engine_ranks(self.config, self.world_size)
+
+    @property
+    def engine_ranks(self) -> int:
+        """Count the ranks that answer: all of them, or those that hold the engine alone."""
+        return num_engine_ranks(self.config, self.world_size) or self.world_size
 
     @property
     def mini_batch(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from remax_megatron.config.rules.ranks import OFFLOADS
 from remax_megatron.config.rules.registry import Setup, remark
 from remax_megatron.config.schema import (
     ACTOR,
@@ -17,7 +18,6 @@ from remax_megatron.config.schema import (
 )
 from remax_megatron.config.setting import value_of
 
-OFFLOADS = ("param_offload", "grad_offload", "optimizer_offload")
 OF_THE_CRITIC = ("algorithm.lam", "trainer.critic_warmup", *(key for key in SETTINGS if key.startswith(f"{CRITIC}.")))
 
 
@@ -69,6 +69,16 @@ def reinforce_has_no_ratio(setup: Setup) -> Iterator[str]:
     updates = setup.config.data.train_batch_size // setup.mini_batch * setup.actor.ppo_epochs
     if setup.actor.policy_loss == "reinforce" and updates > 1:
         yield f"{ACTOR}.policy_loss=reinforce makes {updates} updates per batch, all but the first off-policy"
+
+
+@remark
+def answers_written_ahead_differ(setup: Setup) -> Iterator[str]:
+    """Answers of older weights are not expected to have the policy's log-probabilities."""
+    if setup.rollout.ahead and setup.rollout.mismatch_threshold is not None:
+        yield (
+            f"{ROLLOUT}.mismatch_threshold={setup.rollout.mismatch_threshold} has no effect: with {ROLLOUT}.ahead=1 the"
+            " answers are of other weights; the canary compares engine and policy after every weight sync"
+        )
 
 
 @remark

@@ -207,6 +207,18 @@ def one_correction_of_the_mismatch(setup: Setup) -> None:
 
 
 @rule
+def answers_written_ahead_are_corrected(setup: Setup) -> None:
+    """Answers of weights that are one step older are weighed, or clipped, against the engine's log-probabilities."""
+    correction, key = setup.config.algorithm.rollout_correction, "algorithm.rollout_correction"
+    if setup.rollout.ahead and correction.rollout_is is None and not correction.bypass_old_logprobs:
+        raise ConfigError(
+            f"{ROLLOUT}.ahead=1 trains on answers of weights one step older, and nothing corrects for that; set"
+            f" {key}.rollout_is=token (or sequence), which weighs them, or {key}.bypass_old_logprobs=True, which takes"
+            " PPO's clipped ratio against the weights that wrote them"
+        )
+
+
+@rule
 def thresholds_are_bounds(setup: Setup) -> None:
     """The thresholds of the corrections are a number or two, in order."""
     correction, key = setup.config.algorithm.rollout_correction, "algorithm.rollout_correction"

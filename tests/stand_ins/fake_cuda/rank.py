@@ -183,7 +183,7 @@ class _Engine:
     """vLLM's place: takes every weight, answers with the job's lengths, and always agrees with the policy."""
 
     lengths: Sequence[tuple[int, int]] = ((16, 16),)
-    leads_replica, tokenizer, asleep_bytes = True, None, None
+    leads_replica, tokenizer, asleep_bytes, pause_s = True, None, None, None
 
     def __init__(self, model_folder: str, tokenizer: Any, config: Any, **kwargs: Any):
         self.num_samples, self.greedy = config.n, kwargs["greedy"]
@@ -197,9 +197,16 @@ class _Engine:
         self.weight_version += 1
 
     def score(self, canaries: Sequence[Any]) -> list:
-        return [([1.0] * (len(c.token_ids) - 1), [5] * c.num_generated, [1.0] * c.num_generated) for c in canaries]
+        mine = [([1.0] * (len(c.token_ids) - 1), [5] * c.num_generated, [1.0] * c.num_generated) for c in canaries]
+        replicas: list = [None] * dist.get_world_size()
+        dist.all_gather_object(replicas, mine)
+        return [scored for scored in replicas if scored]
 
-    def rollout(self, prompts: Sequence[Prompt], *, step: int) -> list[Rollout]:
+    @property
+    def num_answers(self) -> int:
+        return self.num_samples + self.greedy
+
+    def rollout(self, prompts: Sequence[Prompt], *, step: int, listener: Any) -> list[Rollout]:
         return [
             Rollout(
                 prompt,
@@ -223,7 +230,7 @@ class _Engine:
 class _Collector(collect.Collector):
     """The real one, with answers that come with their rewards."""
 
-    def _reward(self, answers: Any) -> None: ...
+    def _scoring(self, num_answers: int) -> None: ...
 
 
 def _tokens(count: int, seed: int, facts: ModelFacts) -> tuple[int, ...]:
