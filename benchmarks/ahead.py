@@ -1,6 +1,6 @@
 """The engine on ranks of its own, and answers written one step ahead: what it gains, and what it costs in learning.
 
-    python benchmarks/ahead.py [--parts speed,reward,learn] [--seeds 1 2 3] [--steps 60] [--work DIR] [--json FILE]
+    python -m benchmarks.ahead [--parts speed,reward,learn] [--seeds 1 2 3] [--steps 60] [--work DIR] [--json FILE]
 
 Real runs on this machine's CPUs, under torchrun, of the same settings: one rank for the policy and one for the engine
 (split), with answers one step ahead and without; and colocated on the same two ranks, DP 2.
@@ -25,8 +25,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from common import ROOT, finish, machine
-from demo_runs import REWARD, Curve, demo_inputs, long_settings, median, run
+from benchmarks.common import ROOT, finish, machine
+from benchmarks.demo_runs import REWARD, Curve, demo_inputs, long_settings, median, run
 
 SPLIT = ("trainer.placement=split", "actor_rollout_ref.actor.megatron.tensor_model_parallel_size=1")
 AHEAD = ("actor_rollout_ref.rollout.ahead=1",)

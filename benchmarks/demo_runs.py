@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT
-from random_model import config_of, make_folder
-
+from benchmarks.common import ROOT
+from benchmarks.random_model import config_of, make_folder
 from remax_megatron.demo.warm_start import ensure_policy
 from remax_megatron.demo.word_problems import ensure_data
 from remax_megatron.metrics import read_metrics

@@ -1,6 +1,6 @@
 """ReMax beside PPO, RLOO, GRPO and REINFORCE, in one trainer, on one task: accuracy, time, memory, gradient noise.
 
-    python benchmarks/estimators.py [--parts learn,noise,long] [--seeds 1 2 3] [--steps 30] [--work DIR] [--json FILE]
+    python -m benchmarks.estimators [--parts learn,noise,long] [--seeds 1 2 3] [--steps 30] [--work DIR] [--json FILE]
                                     [--picture FILE] [--only NAME ...]
 
 The demo's model and data (made if need be), the demo preset on two ranks under torchrun, one learning rate for all.
@@ -30,9 +30,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common import ROOT, finish, machine
-from demo_runs import LONG_FOLDER, RANKS, curves_of, demo_inputs, fastest, long_settings, median, run
-
+from benchmarks.common import ROOT, finish, machine
+from benchmarks.demo_runs import LONG_FOLDER, RANKS, curves_of, demo_inputs, fastest, long_settings, median, run
 from remax_megatron.config.load import load_config
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan.ledger import ledger

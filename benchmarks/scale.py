@@ -12,10 +12,10 @@ finds fastest for such a batch on up to 16 GPUs; more of them are more data-para
     exch       exchanges of the update: TP, PP, gradients, weights; share of the step
     sync       share of the step              GB         of the phase that needs most memory
 
-Nothing of it was measured on a GPU. What can be checked here is the arithmetic: --measure DIR makes short runs of the
-demo on 1, 2 and 4 CPU ranks and several layouts, --runs DIR takes those that are there. Each run is predicted by
-efficiencies that were fitted to the others, and the error of its step's seconds and of its peak memory is printed.
-Ranks that share a core get their share of its rate.
+Nothing of it was measured on a GPU. What can be checked here is the arithmetic: --measure DIR makes short runs on
+1, 2 and 4 CPU ranks and several layouts, of the demo and of a model of 27 million parameters; --runs DIR takes those
+that are there. Each run is predicted by efficiencies that were fitted to the others of its model, and the error of its
+step's seconds and of its peak memory is printed. Ranks that share a core get their share of its rate.
 
 The last line: RESULT memory_error= time_error= (the largest of all runs), time_error_median=.
 """
@@ -26,15 +26,14 @@ import argparse
 import dataclasses
 import functools
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import ROOT, finish, machine
+from benchmarks.common import finish, machine
+from benchmarks.demo_runs import demo_inputs, long_settings, run
 from remax_megatron.config.load import load_config
 from remax_megatron.config.schema import Config
 from remax_megatron.config.setting import set_value
@@ -58,16 +57,26 @@ EXCHANGES = ("exchanges of TP", "messages of PP", "exchange of gradients", "gath
 MEGATRON, ROLLOUT = "actor_rollout_ref.actor.megatron", "actor_rollout_ref.rollout"
 GIB = 2**30
 
-# Runs that are measured: ranks, and layout.
-RUNS = {
-    "1-tp1": (1, {}),
-    "2-tp2": (2, {f"{MEGATRON}.tensor_model_parallel_size": 2}),
-    "2-dp2": (2, {}),
-    "2-pp2": (2, {f"{MEGATRON}.pipeline_model_parallel_size": 2}),
-    "4-tp2-dp2": (4, {f"{MEGATRON}.tensor_model_parallel_size": 2}),
-    "4-dp4": (4, {}),
+# Runs that are measured: ranks, and layout. Those of the larger model say so.
+TP2, PP2 = f"{MEGATRON}.tensor_model_parallel_size=2", f"{MEGATRON}.pipeline_model_parallel_size=2"
+VPP2 = f"{MEGATRON}.virtual_pipeline_model_parallel_size=2"
+FULL = f"{MEGATRON}.override_transformer_config.recompute_granularity=full"
+LONG = "27m-"
+RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "1-tp1": (1, ()),
+    "2-tp2": (2, (TP2,)),
+    "2-dp2": (2, ()),
+    "2-pp2": (2, (PP2,)),
+    "4-tp2-dp2": (4, (TP2,)),
+    "4-dp4": (4, ()),
+    "27m-1-tp1": (1, ()),
+    "27m-2-tp2": (2, (TP2,)),
+    "27m-2-dp2": (2, ()),
+    "27m-2-pp2": (2, (PP2,)),
+    "27m-2-pp2-vpp2": (2, (PP2, VPP2)),
+    "27m-1-full": (1, (FULL,)),
 }
-STEPS = 8
+STEPS, LONG_STEPS = 16, 6
 
 
 # -- the simulation ----------------------------------------------------------------------------------------------------
@@ -181,29 +190,22 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
 
 def measure(folder: Path) -> None:
     """Make the runs that are not in `folder` yet, one after another."""
+    folder = folder.resolve()
+    (folder / "inputs").mkdir(parents=True, exist_ok=True)
+    model, demo = demo_inputs(folder / "inputs")
+    given = [
+        f"{MEGATRON}.tensor_model_parallel_size=1",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.export_hf=False",
+        "actor_rollout_ref.rollout.kv_cache_gib=0.25",
+    ]
+    longer = [*long_settings(folder / "inputs", model), "data.train_batch_size=8"]
     for name, (ranks, layout) in RUNS.items():
-        target = folder / name
-        if (target / "metrics.jsonl").is_file():
-            continue
-        given = {
-            f"{MEGATRON}.tensor_model_parallel_size": 1,
-            "trainer.n_gpus_per_node": ranks,
-            "trainer.total_training_steps": STEPS,
-            "trainer.val_before_train": False,
-            "trainer.test_freq": -1,
-            "trainer.export_hf": False,
-            "trainer.resume_mode": "disable",
-            "actor_rollout_ref.rollout.kv_cache_gib": 0.25,
-            "trainer.default_local_dir": target,
-        } | layout
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command += ["--nproc-per-node", str(ranks), "-m", "remax_megatron", "--config-name", "demo"]
-        command += [f"{key}={value}" for key, value in given.items()]
-        print(f"measuring {name}", flush=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-        if done.returncode:
-            raise RuntimeError(f"{name} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        if not (folder / name / "metrics.jsonl").is_file():
+            print(f"measuring {name}", flush=True)
+        of_model, steps = (longer, LONG_STEPS) if name.startswith(LONG) else (demo, STEPS)
+        run(folder / name, [*of_model, *given, *layout], steps, ranks)
 
 
 def slowed(run: Run) -> Run:
@@ -215,24 +217,29 @@ def slowed(run: Run) -> Run:
     return dataclasses.replace(run, steps=steps)
 
 
+def is_long(one: Run) -> bool:
+    """Whether it is a run of the larger model."""
+    return Path(one.source).parent.name.startswith(LONG)
+
+
 def checked(runs: list[Run]) -> Iterator[dict[str, Any]]:
-    """Each run as the others predict it."""
+    """Each run as the others of its model predict it."""
     core = gpus.GPUS["cpu-core"]
     scaled = [slowed(run) for run in runs]
-    for number, run in enumerate(scaled):
+    for number, one in enumerate(scaled):
         others = scaled[:number] + scaled[number + 1 :]
         found = calibrate(others, core)
-        seen, made = run.seconds(), run.modelled(core)
+        seen, made = one.seconds(), one.modelled(core)
         of = {name: phase.seconds(found.efficiencies) for name, phase in made.phases.items()}
-        counted = ledger(run.config, run.facts, run.world_size, on_cpu=True)
+        counted = ledger(one.config, one.facts, one.world_size, on_cpu=True)
         memory_errors = []
         for phase, names in PEAKS.items():
-            peak = run.median(f"memory/{phase}_peak_gib") * GIB
+            peak = one.median(f"memory/{phase}_peak_gib") * GIB
             planned = max(counted.peak(name) + found.beside.get(name, 0) for name in names)
             if peak > 0:  # a phase that the run did not measure
                 memory_errors.append(abs(planned / peak - 1))
         yield {
-            "run": Path(run.source).parent.name,
+            "run": Path(one.source).parent.name,
             "measured_s": sum(seen.values()),
             "predicted_s": sum(of.values()),
             "phases": {name: (of.get(name, 0.0), seconds) for name, seconds in seen.items() if seconds > 0},
@@ -272,13 +279,14 @@ def main() -> None:
         if options.measure:
             measure(folder)
         runs = [read_run(path) for path in sorted(folder.glob("*/metrics.jsonl"))]
-        details["checks"] = checks = list(checked(runs))
-        head = f"{'run':12} {'measured s':>10} {'predicted':>10} {'error':>7} {'memory':>7}"
+        by_model = [[one for one in runs if is_long(one) == long] for long in (False, True)]
+        details["checks"] = checks = [one for of_model in by_model for one in checked(of_model)]
+        head = f"{'run':15} {'measured s':>10} {'predicted':>10} {'error':>7} {'memory':>7}"
         print(f"\n{head}   phases: predicted/measured s")
         for one in checks:
             said = ", ".join(f"{name} {mine:.2f}/{seen:.2f}" for name, (mine, seen) in one["phases"].items())
             print(
-                f"{one['run']:12} {one['measured_s']:10.2f} {one['predicted_s']:10.2f} {one['time_error']:7.0%} "
+                f"{one['run']:15} {one['measured_s']:10.2f} {one['predicted_s']:10.2f} {one['time_error']:7.0%} "
                 f"{one['memory_error']:7.0%}   {said}"
             )
         result = {

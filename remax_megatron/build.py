@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from remax_megatron.algorithm.estimators import get_estimator
+from remax_megatron.algorithm.estimators import Estimator, get_estimator
 from remax_megatron.checkpoint.pending import read_pending
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.checkpoint.state import RunState, restore, restore_optimizers, reward_file_digest
@@ -30,7 +30,7 @@ from remax_megatron.policy.reference import Reference
 from remax_megatron.policy.settings import PolicySettings
 from remax_megatron.policy.training_state import TrainingState
 from remax_megatron.rewards.length import LengthRules
-from remax_megatron.rollout.batches import Batches, WrittenHere
+from remax_megatron.rollout.batches import WrittenHere
 from remax_megatron.rollout.bridge import Bridge
 from remax_megatron.rollout.collect import Collector
 from remax_megatron.rollout.engine import Engine
@@ -93,15 +93,7 @@ def build_trainer(start: Start) -> Trainer:
     layout = build_layout(start)
     writer = build_writer(start, layout.rank)
     learner, training_states = build_learner(start, layout)
-    engine: Engine | RemoteEngine
-    collector: Collector | RemoteCollector
-    batches: Batches
-    if start.link is None:
-        engine = build_engine(start)
-        collector = build_collector(start, engine)
-        batches = WrittenHere(collector, start.inputs.train_prompts, learner.estimator, start.config)
-    else:
-        engine, collector, batches = build_remote(start, start.link)
+    engine, collector, batches = build_remote(start) if start.link else build_here(start, learner.estimator)
     if start.checkpoint:
         restore(start.checkpoint[1], learner, engine)
         batches.pending = read_pending(start.checkpoint[0], start.inputs.train_prompts)
@@ -122,20 +114,25 @@ def build_trainer(start: Start) -> Trainer:
     )
 
 
-def build_service(start: Start, link: Link) -> EngineService:
-    """What the ranks do that hold the engine alone."""
+def build_here(start: Start, estimator: Estimator) -> tuple[Engine, Collector, WrittenHere]:
+    """The engine in this rank, and what answers and scores with it; `estimator` tells which answers teach."""
     engine = build_engine(start)
     collector = build_collector(start, engine)
-    estimator = get_estimator(start.config.algorithm.adv_estimator)
-    batches = WrittenHere(collector, start.inputs.train_prompts, estimator, start.config)
+    return engine, collector, WrittenHere(collector, start.inputs.train_prompts, estimator, start.config)
+
+
+def build_service(start: Start, link: Link) -> EngineService:
+    """What the ranks do that hold the engine alone, for those of the policy at the other end of `link`."""
+    engine, collector, batches = build_here(start, get_estimator(start.config.algorithm.adv_estimator))
     return EngineService(link, engine, collector, batches, weight_format(start))
 
 
-def build_remote(start: Start, link: Link) -> tuple[RemoteEngine, RemoteCollector, RemoteBatches]:
+def build_remote(start: Start) -> tuple[RemoteEngine, RemoteCollector, RemoteBatches]:
     """The engine of other ranks, as those of the policy use it."""
-    config, timer = start.config, start.timer
-    start.timer.probe = memory_probe(start.device)
-    start.timer.pop()
+    config, link, timer = start.config, start.link, start.timer
+    assert link is not None, "a split run has a link"
+    timer.probe = memory_probe(start.device)
+    timer.pop()
     engine = RemoteEngine(link, start.inputs.tokenizer, weight_format(start))
     collector = RemoteCollector(link, engine, timer, config.reward.max_failure_share)
     return engine, collector, RemoteBatches(link, engine, timer, ahead=config.actor_rollout_ref.rollout.ahead == 1)

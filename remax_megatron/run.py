@@ -78,14 +78,20 @@ def _run(
     `inputs` and `facts` are those of `config`, `device` is this rank's, `timer` times the phases, and `clean_up` is
     closed however the run ends. Collective.
     """
-    from remax_megatron.build import Start, build_trainer  # Megatron needs what init_distributed has prepared
+    from remax_megatron.build import Start  # Megatron needs what init_distributed has prepared
 
     watchdog.start(config.trainer.watchdog_timeout_s, clean_up.close)
     whole = whole_run()
     link = Link(whole, device, config.trainer.collective_timeout_s) if whole.num_engine_ranks else None
     start = Start(config, facts, inputs, check_ranks_agree(config, inputs, link), None, device, timer, link)
-    if link is not None and whole.is_engine_only:
-        return _serve(start, link, clean_up)
+    return _serve(start, link, clean_up) if link and whole.is_engine_only else _lead(start, clean_up)
+
+
+def _lead(start: Start, clean_up: ExitStack) -> str:
+    """What the ranks do that hold the policy; the arguments and the last word are those of `_run`. Collective."""
+    from remax_megatron.build import build_trainer
+
+    config, inputs, link = start.config, start.inputs, start.link
     lock_run_folder(config)
     checkpoint = find_checkpoint(config, checkpoints_folder(config))
     if checkpoint is not None:

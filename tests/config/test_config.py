@@ -115,7 +115,7 @@ def test_gpu_presets_are_valid_for_their_model(name):
     assert notes == []
     assert config.algorithm.adv_estimator == "remax" and not config.algorithm.use_kl_in_reward
     assert config.data.train_files == str(Path("~/data/gsm8k/train.parquet").expanduser())
-    assert name.rpartition("_")[2].upper() in config.actor_rollout_ref.model.path
+    assert name.removesuffix("_split").rpartition("_")[2].upper() in config.actor_rollout_ref.model.path
 
 
 def test_demo_preset_of_the_other_family():
@@ -559,7 +559,32 @@ def test_weights_that_are_offloaded_on_a_gpu(overrides, words):
 
 # Rules ---------------------------------------------------------------------------------------------------------------
 
+SPLIT = "trainer.placement=split"
 BROKEN = {
+    "ranks of an engine that has none of its own": (
+        [f"{ROLLOUT}.num_ranks=1"],
+        ["num_ranks=1", "trainer.placement=split", "num_ranks=null"],
+    ),
+    "ahead where engine and policy take turns": ([f"{ROLLOUT}.ahead=1"], ["ahead=1", "placement=split", "ahead=0"]),
+    "a split that leaves nothing": ([SPLIT, f"{ROLLOUT}.num_ranks=2"], ["num_ranks=2", "2 were started", "1 to 1"]),
+    "a split of one rank": (
+        [SPLIT, "trainer.n_gpus_per_node=1", f"{MEGATRON}.tensor_model_parallel_size=1"],
+        ["num_ranks=null", "1 were started", "placement=colocated"],
+    ),
+    "room for an engine that is elsewhere": (
+        [SPLIT, f"{MEGATRON}.tensor_model_parallel_size=1", f"{MEGATRON}.grad_offload=True"],
+        ["grad_offload=True", "set actor_rollout_ref.actor.megatron.grad_offload=False"],
+    ),
+    "a policy too wide for its side": ([SPLIT], ["tensor_model_parallel_size=2", "the 1 ranks of the policy"]),
+    "an engine too wide for its side": (
+        [SPLIT, f"{MEGATRON}.tensor_model_parallel_size=1", f"{ROLLOUT}.tensor_model_parallel_size=2"],
+        ["tensor_model_parallel_size=2", "the 1 ranks of the engine", "set it to 1"],
+    ),
+    "answers of other weights, not corrected": (
+        [SPLIT, f"{MEGATRON}.tensor_model_parallel_size=1", f"{ROLLOUT}.ahead=1"],
+        ["ahead=1", "rollout_is=token", "bypass_old_logprobs=True"],
+    ),
+    "ahead is a step or none": ([f"{ROLLOUT}.ahead=2"], ["ahead=2", "0, 1"]),
     "choice": (["data.truncation=middle"], ["data.truncation=middle", "error, left, right"]),
     "device": (["trainer.device=tpu"], ["trainer.device=tpu", "auto, cuda, cpu"]),
     "resume": (["trainer.resume_mode=always"], ["resume_mode=always", "auto, disable, path"]),

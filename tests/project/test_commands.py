@@ -42,6 +42,10 @@ HOW = (  # the first row that a command begins with
     ("touch runs/demo/stop", ELSEWHERE),  # test_resume.py, test_slurm.py
     ("remax-convert megatron-to-hf --megatron runs/demo/checkpoints ", ELSEWHERE),  # test_resume.py
     ("torchrun --standalone --nproc-per-node 2 -m remax_megatron ", ELSEWHERE),  # test_end_to_end.py; settings: below
+    (
+        "torchrun --nproc-per-node 2 -m remax_megatron --config-name demo trainer.placement=split ",
+        ELSEWHERE,
+    ),  # test_split
     ("torchrun --nproc-per-node 8 -m remax_megatron ", GPU),
     ("torchrun --nnodes 2 ", GPU),
     ("torchrun --nproc-per-node N pretrain_gpt.py ", GPU),
@@ -53,9 +57,10 @@ HOW = (  # the first row that a command begins with
     ("python -m remax_megatron.plan ", RUN),
     ("python -m benchmarks.scale ", ELSEWHERE),  # test_scale.py runs a part of it
     (
-        "python benchmarks/estimators.py ",
+        "python -m benchmarks.estimators ",
         ELSEWHERE,
     ),  # test_estimators_benchmark.py has its arithmetic; it takes an hour
+    ("python -m benchmarks.ahead ", ELSEWHERE),  # half an hour
     ("python -m remax_megatron.config.cli --config-name qwen2_5_", HUB),
     ("python -m remax_megatron.data.gsm8k --local_dir ~/data/gsm8k --from_jsonl ", RUN),
     ("python -m remax_megatron.data.", HUB),

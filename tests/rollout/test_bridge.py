@@ -231,6 +231,7 @@ def test_memory_that_stays_while_the_engine_sleeps_is_bounded(monkeypatch, caplo
     segments = [{"segment_pool_id": (0, 0), "total_size": 4 * gib}, {"segment_pool_id": (0, 1), "total_size": 9 * gib}]
     engine = object.__new__(Engine)
     engine.device, engine._num_sleeps, engine._asleep_limit = torch.device("cuda", 0), 0, 0.0
+    engine._sleeps = True
     waits: list[str] = []
     engine._llm = SimpleNamespace(sleep=lambda level: waits.append(f"sleep {level}"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append("synchronize"))

@@ -108,8 +108,10 @@ def test_sync_metrics() -> None:
         canary_max=2e-5,
         gb_per_s=2.0,
         engine_asleep_bytes=3 * 2**29,
+        engine_pause_s=0.25,
     )
     assert sync_metrics(report) == {
+        "sync/engine_pause_s": 0.25,
         "memory/engine_asleep_gib": 1.5,
         "weight_version": 3,
         "sync/seconds": 0.5,

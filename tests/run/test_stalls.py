@@ -96,11 +96,12 @@ def test_a_run_without_an_update_says_so_in_its_last_line(steps: list) -> None:
 
 
 def test_every_end_with_exit_code_0_has_a_last_line() -> None:
-    """What `_run` returns is printed before the process ends with 0. A complete run and trainer.val_only, which take no
+    """What `_lead` returns is printed before the process ends with 0 (`_serve`, on an engine's ranks, says nothing, for
+    the first rank prints). A complete run and trainer.val_only, which take no
     step, say so in words of their own (test_resume.py, test_end_to_end.py)."""
     source = ast.parse((ROOT / "remax_megatron" / "run.py").read_text())
     functions = {node.name: node for node in source.body if isinstance(node, ast.FunctionDef)}
-    ends = [ast.unparse(node.value) for node in ast.walk(functions["_run"]) if isinstance(node, ast.Return)]
+    ends = [ast.unparse(node.value) for node in ast.walk(functions["_lead"]) if isinstance(node, ast.Return)]
     assert sorted(end.partition("(")[0][:24] for end in ends) == [
         "_validate",
         "f'The run is complete: {",

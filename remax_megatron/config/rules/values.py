@@ -210,7 +210,8 @@ def one_correction_of_the_mismatch(setup: Setup) -> None:
 def answers_written_ahead_are_corrected(setup: Setup) -> None:
     """Answers of weights that are one step older are weighed, or clipped, against the engine's log-probabilities."""
     correction, key = setup.config.algorithm.rollout_correction, "algorithm.rollout_correction"
-    if setup.rollout.ahead and correction.rollout_is is None and not correction.bypass_old_logprobs:
+    corrected = correction.rollout_is is not None or correction.bypass_old_logprobs
+    if setup.is_split and setup.rollout.ahead and not corrected:
         raise ConfigError(
             f"{ROLLOUT}.ahead=1 trains on answers of weights one step older, and nothing corrects for that; set"
             f" {key}.rollout_is=token (or sequence), which weighs them, or {key}.bypass_old_logprobs=True, which takes"
