@@ -1,14 +1,14 @@
 """The engine on ranks of its own, and answers written one step ahead: what it gains, and what it costs in learning.
 
-    python -m benchmarks.ahead [--parts speed,reward,learn] [--seeds 1 2 3] [--steps 60] [--work DIR] [--json FILE]
+    python -m benchmarks.ahead [--parts speed,reward,learn] [--seeds 1 2 3] [--steps 40] [--work DIR] [--json FILE]
 
 Real runs on this machine's CPUs, under torchrun, of the same settings: one rank for the policy and one for the engine
 (split), with answers one step ahead and without; and colocated on the same two ranks, DP 2.
 
-    speed   a model of 27 million parameters and GSM8K's lengths, with as many answers as make rollout and update take
+    speed   a small model with random weights and GSM8K's lengths; every row is trained, so that rollout and update take
             alike long. The step of a run ahead against the longer of rollout and update + sync.
-    reward  the same, with a reward that takes 0.2 s per answer in 4 workers, over one that takes none: colocated and
-            split. Most answers are scored while others are still being written.
+    reward  the same, few answers at once, with a reward that takes 0.2 s per answer in 4 workers, over one that takes
+            none: colocated and split. Most answers are scored while others are still being written.
     learn   the demo, ahead and not, each seed: steps until 95 % of the greedy answers are right.
 
 A run that is in --work already is not run again. RESULT: step_vs_bound of the run ahead (1: nothing is lost), its
@@ -33,7 +33,7 @@ AHEAD = ("actor_rollout_ref.rollout.ahead=1",)
 COLOCATED = ("actor_rollout_ref.actor.megatron.tensor_model_parallel_size=1",)
 CORRECTED = "algorithm.rollout_correction.rollout_is=token"
 PHASES = ("rollout", "reward", "wait", "update", "sync", "step")
-SPEED_STEPS, REWARD_STEPS = 8, 5
+SPEED_STEPS, REWARD_STEPS = 6, 5
 SLEEP_S, WORKERS = 0.2, 4
 PLACEMENTS = {"split, ahead": (*SPLIT, *AHEAD), "split": SPLIT, "colocated": COLOCATED}
 
@@ -113,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["speed", "reward", "learn"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=60, help="of a run of `learn`")
-    parser.add_argument("--prompts", type=int, default=24, help="of a batch of `speed` and `reward`")
-    parser.add_argument("--concurrent", type=int, default=40, help="answers that the engine writes at once, there")
+    parser.add_argument("--steps", type=int, default=40, help="of a run of `learn`")
+    parser.add_argument("--prompts", type=int, default=40, help="of a batch of `speed`")
+    parser.add_argument("--concurrent", type=int, default=256, help="answers that the engine writes at once, there")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ahead")
     parser.add_argument("--json")
     options = parser.parse_args(argv)
@@ -123,16 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = options.work.resolve()
     model, demo = demo_inputs(work)
     longer = [
-        *long_settings(work, model),
+        *long_settings(work, model, "1m"),
         f"data.train_batch_size={options.prompts}",
         f"actor_rollout_ref.rollout.max_num_seqs={options.concurrent}",
+        "actor_rollout_ref.actor.skip_zero_advantage=False",
         CORRECTED,
     ]
+    few = [*longer, "data.train_batch_size=8", "actor_rollout_ref.rollout.max_num_seqs=4"]
     details: dict[str, object] = {"machine": machine(), "prompts": options.prompts, "concurrent": options.concurrent}
     result: dict[str, float] = {}
     for name, part in (
         ("speed", lambda: speed(work, longer)),
-        ("reward", lambda: reward(work, longer)),
+        ("reward", lambda: reward(work, few)),
         ("learn", lambda: learn(work, [*demo, CORRECTED], options.seeds, options.steps)),
     ):
         if name in options.parts:

@@ -1,7 +1,7 @@
 """Runs of the demo preset, real ones under torchrun, for benchmarks: started, kept, read; and a longer task for them.
 
-The longer task: a model of 27 million parameters with random weights, and GSM8K's lengths: prompts of about 100 tokens,
-answers up to 200. Its reward is a hash of the answer, so that half of all answers are right.
+The longer task: a model of 27 million parameters, or of one, with random weights, and GSM8K's lengths: prompts of about
+100 tokens, answers up to 200. Its reward is a hash of the answer, so that half of all answers are right.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import ROOT
-from benchmarks.random_model import config_of, make_folder
+from benchmarks.random_model import Shape, config_of, make_folder
 from remax_megatron.demo.warm_start import ensure_policy
 from remax_megatron.demo.word_problems import ensure_data
 from remax_megatron.metrics import read_metrics
 
 RANKS = 2
-LONG_FOLDER = "model-27m"
-LONG_MODEL = (8, 512, 1536, 8, 4, 8192, True)  # 27 million parameters with its embedding
+# With its embedding; the demo's own shape.
+LONG_MODELS: dict[str, Shape] = {"27m": (8, 512, 1536, 8, 4, 8192, True), "1m": (4, 128, 512, 4, 2, 547, False)}
 LONG_PROMPT, LONG_ANSWER = 100, 200  # tokens
 REWARD = """import zlib
 
@@ -117,14 +117,20 @@ def fastest(records: Sequence[dict], phase: str) -> float:
     return min(record.get(f"time/{phase}_s", 0.0) for record in records if record["step"] > 1)
 
 
-def long_settings(work: Path, demo_model: Path) -> list[str]:
-    """Settings of the longer task, whose model and data are made in `work`; the tokenizer is that of `demo_model`."""
+def long_model(work: Path, size: str = "27m") -> Path:
+    """The folder of a model of the longer task."""
+    return work / f"model-{size}"
+
+
+def long_settings(work: Path, demo_model: Path, size: str = "27m") -> list[str]:
+    """Settings of the longer task, whose model, one of LONG_MODELS, and data are made in `work`; the tokenizer is that
+    of `demo_model`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    model = work / LONG_FOLDER
+    model = long_model(work, size)
     if not model.exists():
-        config = config_of(LONG_MODEL) | {"eos_token_id": 1}
+        config = config_of(LONG_MODELS[size]) | {"eos_token_id": 1}
         with tempfile.TemporaryDirectory(dir=work) as aside:
             make_folder(Path(aside) / "model", config)
             for file in demo_model.glob("*token*"):

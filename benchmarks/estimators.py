@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.common import ROOT, finish, machine
-from benchmarks.demo_runs import LONG_FOLDER, RANKS, curves_of, demo_inputs, fastest, long_settings, median, run
+from benchmarks.demo_runs import RANKS, curves_of, demo_inputs, fastest, long_model, long_settings, median, run
 from remax_megatron.config.load import load_config
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan.ledger import ledger
@@ -217,7 +217,7 @@ def long(work: Path, demo_model: Path, steps: int = 3) -> dict[str, float]:
         print(f"{name}, 27M: {lengths}", *(f"{p} {fastest(records, p):.2f} s" for p in PHASES), flush=True)
     peak = {name: max(record["memory/step_peak_gib"] for record in records[1:]) for name, records in found.items()}
     return {
-        "long_states_vs_ppo": states_vs_ppo(work / LONG_FOLDER, given),
+        "long_states_vs_ppo": states_vs_ppo(long_model(work), given),
         "long_step_time_vs_ppo": fastest(found["ReMax"], "step") / fastest(found["PPO"], "step"),
         "long_process_memory_vs_ppo": peak["ReMax"] / peak["PPO"],
     }

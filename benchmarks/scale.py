@@ -76,7 +76,7 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "27m-2-pp2-vpp2": (2, (PP2, VPP2)),
     "27m-1-full": (1, (FULL,)),
 }
-STEPS, LONG_STEPS = 16, 6
+STEPS, LONG_STEPS = 16, 3
 
 
 # -- the simulation ----------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def measure(folder: Path) -> None:
         "trainer.export_hf=False",
         "actor_rollout_ref.rollout.kv_cache_gib=0.25",
     ]
-    longer = [*long_settings(folder / "inputs", model), "data.train_batch_size=8"]
+    longer = [*long_settings(folder / "inputs", model), "data.train_batch_size=4"]
     for name, (ranks, layout) in RUNS.items():
         if not (folder / name / "metrics.jsonl").is_file():
             print(f"measuring {name}", flush=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from remax_megatron.config.rules import validate
 from remax_megatron.config.schema import (
@@ -34,6 +33,7 @@ from remax_megatron.config.setting import value_of
 from remax_megatron.doctor.machine import host_memory
 from remax_megatron.gauges import resident_bytes
 from remax_megatron.model_facts import ModelFacts
+from remax_megatron.parallel.whole_run import whole_run
 from remax_megatron.plan.fitting import TP, with_setting
 from remax_megatron.plan.ledger import ASSUMED_CARD, Ledger, gb, ledger
 
@@ -190,7 +190,7 @@ def _counted(phase: str, made: Ledger) -> tuple[str, int]:
 
 def _lines(config: Config, facts: ModelFacts, device: torch.device, phase: str, kind: str) -> Iterator[str]:
     """The message, most important first: other ranks print only its beginning."""
-    on_cpu, world_size = device.type == "cpu", dist.get_world_size()
+    on_cpu, world_size = device.type == "cpu", whole_run().size
     card = ASSUMED_CARD if on_cpu else torch.cuda.mem_get_info(device)[1]
     host_only = kind == "host" and not on_cpu
     yield f"{'host' if on_cpu or host_only else 'GPU'} memory ran out in phase {phase}. What would help most there:"
@@ -203,7 +203,7 @@ def _lines(config: Config, facts: ModelFacts, device: torch.device, phase: str, 
         yield f"counted for a rank of pipeline stage {made.stage} ({name}): {terms} = {gb(need)}"
     yield f"measured: {_measured(device)}"
     if not on_cpu:
-        yield _snapshot(Path(config.trainer.default_local_dir) / f"oom-rank-{dist.get_rank()}.pickle")
+        yield _snapshot(Path(config.trainer.default_local_dir) / f"oom-rank-{whole_run().rank}.pickle")
 
 
 def _measured(device: torch.device) -> str:

@@ -396,7 +396,7 @@ def _our_process_state(device: torch.device) -> Iterator[None]:
     """
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    precision, rank = torch.get_float32_matmul_precision(), os.environ["RANK"]
+    precision, rank = torch.get_float32_matmul_precision(), os.environ.get("RANK", "0")
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,11 +36,12 @@ class Recorder:
     def __init__(self, **keywords):
         Recorder.made = keywords
         self.calls: list[tuple[str, tuple, dict]] = []
+        self.llm_engine = SimpleNamespace(has_unfinished_requests=lambda: False)
 
     def __getattr__(self, name: str):
         def call(*args, **keywords):
             self.calls.append((name, args, keywords))
-            return {"reset_prefix_cache": True, "generate": []}.get(name)
+            return {"reset_prefix_cache": True, "enqueue": ["0-random"]}.get(name)
 
         return call
 
@@ -217,7 +219,7 @@ def test_fusion_would_turn_itself_on(found):
 @pytest.mark.parametrize("name", CASES)
 def test_everything_that_is_passed_exists(name, found):
     assert found[name]["keywords"] == set()
-    assert found[name]["calls"] >= {"collective_rpc", "reset_prefix_cache", "sleep", "wake_up", "generate"}
+    assert found[name]["calls"] >= {"collective_rpc", "reset_prefix_cache", "sleep", "wake_up", "enqueue"}
     _, dtype, settings = CASES[name]
     environment = found[name]["environment"]
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
