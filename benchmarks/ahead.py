@@ -1,6 +1,6 @@
 """The engine on ranks of its own, and answers written one step ahead: what it gains, and what it costs in learning.
 
-    python -m benchmarks.ahead [--parts speed,reward,learn] [--seeds 1 2 3] [--steps 40] [--work DIR] [--json FILE]
+    python -m benchmarks.ahead [--parts speed,reward,learn] [--seeds 1 2 3] [--steps 28] [--work DIR] [--json FILE]
 
 Real runs on this machine's CPUs, under torchrun, of the same settings: one rank for the policy and one for the engine
 (split), with answers one step ahead and without; and colocated on the same two ranks, DP 2.
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["speed", "reward", "learn"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=40, help="of a run of `learn`")
+    parser.add_argument("--steps", type=int, default=28, help="of a run of `learn`")
     parser.add_argument("--prompts", type=int, default=40, help="of a batch of `speed`")
     parser.add_argument("--concurrent", type=int, default=256, help="answers that the engine writes at once, there")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ahead")

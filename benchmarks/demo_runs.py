@@ -82,7 +82,8 @@ def run(folder: Path, settings: Sequence[str], steps: int, ranks: int = RANKS) -
     """The records of a run of the demo preset, `steps` steps on `ranks` ranks, into `folder`, which is taken as it is
     where they are there already."""
     metrics = folder / "metrics.jsonl"
-    if not metrics.exists() or read_metrics(metrics)[-1]["step"] < steps:
+    made = read_metrics(metrics) if metrics.exists() else []
+    if not made or made[-1]["step"] < steps:
         shutil.rmtree(folder, ignore_errors=True)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
         command = [

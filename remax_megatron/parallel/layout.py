@@ -60,22 +60,26 @@ def init_distributed(device: str, timeout_s: int, num_engine_ranks: int = 0) -> 
         cpu_platform.prepare()
     if "RANK" not in os.environ:
         os.environ |= _alone()
-    timeout = datetime.timedelta(seconds=timeout_s)
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    store.set_timeout(timeout)
-    whole = WholeRun(rank, size, num_engine_ranks, store)
-    join(whole)
-    first, side_size = (
-        (whole.num_policy_ranks, num_engine_ranks) if whole.is_engine_only else (0, whole.num_policy_ranks)
-    )
-    dist.init_process_group(
-        backend="nccl" if device == "cuda" else "gloo",
-        store=dist.PrefixStore("engine" if whole.is_engine_only else "policy", store),
-        rank=rank - first,
-        world_size=side_size,
-        timeout=timeout,
-    )
+    backend, timeout = "nccl" if device == "cuda" else "gloo", datetime.timedelta(seconds=timeout_s)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if num_engine_ranks:
+        _join_side(backend, rank, world_size, num_engine_ranks, timeout)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
     return local
+
+
+def _join_side(backend: str, rank: int, world_size: int, num_engine_ranks: int, timeout: datetime.timedelta) -> None:
+    """Make the default process group of this rank's side. The arguments are those of the whole run."""
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    whole = WholeRun(rank, world_size, num_engine_ranks, store)
+    join(whole)
+    side = "engine" if whole.is_engine_only else "policy"
+    first, size = (whole.num_policy_ranks, num_engine_ranks) if side == "engine" else (0, whole.num_policy_ranks)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(side, store), rank=rank - first, world_size=size, timeout=timeout
+    )
 
 
 def _alone() -> dict[str, str]:

@@ -45,6 +45,7 @@ def cases(details: dict, part: str) -> dict[str, dict]:
 
 
 @needs_engine
+@pytest.mark.slow
 def test_every_part_runs_and_a_part_that_is_stopped_ends_no_other(run):
     output, details = run
     assert list(details["parts"]) == ["stack", *PARTS]
@@ -64,6 +65,7 @@ def test_every_part_runs_and_a_part_that_is_stopped_ends_no_other(run):
 
 
 @needs_engine
+@pytest.mark.slow
 def test_what_needs_a_gpu_is_said_to_be_missing(run):
     _, details = run
     for part in ("parity", "update"):
@@ -73,6 +75,7 @@ def test_what_needs_a_gpu_is_said_to_be_missing(run):
 
 
 @needs_engine
+@pytest.mark.slow
 def test_the_parts_measure_what_they_are_for(run):
     _, details = run
     update = cases(details, "update")["1.5b local full"]
@@ -89,6 +92,7 @@ def test_the_parts_measure_what_they_are_for(run):
 
 
 @needs_engine
+@pytest.mark.slow
 def test_the_document_is_written_from_the_json(run, report, tmp_path):
     _, details = run
     docs = tmp_path / "gpu.md"

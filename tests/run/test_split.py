@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -154,8 +155,9 @@ def ranks_of(pid: int) -> dict[int, int]:
     """rank -> process of the run that the launcher `pid` has started."""
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        found |= {int(one[5:]): int(child) for one in variables if one.startswith(b"RANK=")}
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # gone since
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            found |= {int(one[5:]): int(child) for one in variables if one.startswith(b"RANK=")}
     return found
 
 
@@ -197,7 +199,8 @@ def test_a_run_that_is_killed_at_random_moments_goes_on_bit_for_bit(run, torchru
         wait_for_step(run_dir, 0)
         time.sleep(draw.uniform(0, 4))
         for pid in (process.pid, *ranks_of(process.pid).values()):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=60)
         finished = torchrun(2, command)
         assert finished.code == 0, finished.output

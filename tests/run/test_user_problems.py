@@ -53,6 +53,7 @@ def test_replicas_without_a_prompt_and_texts_in_the_dumps(torchrun, demo_policy,
     assert len(validated) == 3 and all("characters" in answer["notes"]["why"] for answer in validated)
 
 
+@pytest.mark.slow  # what is said is tested in test_stalls.py
 def test_a_run_that_learned_nothing_says_so(torchrun, demo_policy, tmp_path):
     settings = [f"actor_rollout_ref.model.path={demo_policy}", reward(tmp_path, NEVER), "data.train_batch_size=4"]
     settings += ["trainer.total_training_steps=3", "trainer.save_freq=2", "trainer.val_before_train=False"]
