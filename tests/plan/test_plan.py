@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import subprocess
@@ -16,8 +17,9 @@ from remax_megatron.config.schema import Config
 from remax_megatron.config.setting import set_value
 from remax_megatron.plan import __main__ as command
 from remax_megatron.plan.gpus import GPUS
+from remax_megatron.plan.ledger import OF_THE_ENGINE
 from remax_megatron.plan.lengths import NAMED
-from remax_megatron.plan.memory import Machine, largest_budget, memory
+from remax_megatron.plan.memory import Machine, is_valid, largest_budget, memory
 from remax_megatron.plan.models import sizes_of
 from remax_megatron.plan.parts import Efficiencies
 from remax_megatron.plan.step_time import step_time
@@ -192,3 +194,43 @@ def test_what_is_refused(capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
         command.main(["--config-name", "qwen2_5_7b", *arguments])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+# -- the engine on ranks of its own ----------------------------------------------------------------------------------
+
+
+def test_each_side_of_a_split_run_holds_its_own():
+    config, facts, made, _ = planned("qwen2_5_32b_split")
+    phases = made.made.phases
+    assert list(phases) == ["update", "optimizer", "sending", "scoring", "sync", "canary", "rollout"]
+    for name, terms in phases.items():
+        assert ("engine" in terms) != ("weights" in terms) and ("engine" in terms) == (name in OF_THE_ENGINE)
+    alone = load_config("qwen2_5_32b").config  # colocated on as many ranks as train here
+    for key in ("grad_offload", "optimizer_offload"):
+        set_value(alone, f"{MEGATRON}.{key}", False)
+    budget = config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+    set_value(alone, TOKENS, budget)
+    assert memory(alone, facts, 16, H100).made.phases["update"] == phases["update"]
+
+
+def test_a_step_ahead_is_the_longer_side_and_the_sync():
+    config, facts, _, seconds = planned("qwen2_5_32b_split")
+    made = step_time(config, facts, ranks(config), H100.gpu, NAMED["gsm8k"])
+    of = {name: phase.seconds(Efficiencies()) for name, phase in made.phases.items()}
+    assert "offload" not in of and not any("sleeping" in part.name for part in made.phases["rollout"].parts)
+    assert seconds == pytest.approx(max(of["rollout"] + of["reward"], of["update"]) + of["sync"])
+    config = copy.deepcopy(config)
+    config.actor_rollout_ref.rollout.ahead = 0
+    made = step_time(config, facts, ranks(config), H100.gpu, NAMED["gsm8k"])
+    assert made.seconds(Efficiencies()) == pytest.approx(sum(of.values()))
+
+
+def test_what_is_suggested_for_a_split_run_is_legal_and_fits():
+    config, facts, _, _ = planned("qwen2_5_32b_split")
+    found = Search(config, facts, 32, H100, NAMED["gsm8k"]).best(2)
+    assert len(found) == 2
+    for one in found:
+        changed = on_devices(config, 32)
+        for key, value in one.changes.items():
+            set_value(changed, key, value)
+        assert memory(changed, facts, 32, H100).fits and is_valid(changed, facts, 32)
