@@ -91,7 +91,7 @@ def test_memory_on_gpus(cards, monkeypatch):
         # 15.2 GB of gradients are dropped during rollouts, and nothing is copied.
         ("qwen2_5_7b", "7B", [f"{SHARE}=0.6"], "sync", f"{MEGATRON}.grad_offload=True"),
         # Without recompute 24000 tokens take 58 GB; down to half of them a micro-batch is shortened first.
-        ("qwen2_5_7b", "7B", [f"{RECOMPUTE}=none"], "update", f"{TOKENS}="),
+        ("qwen2_5_7b", "7B", [f"{RECOMPUTE}=none", f"{TOKENS}=24000"], "update", f"{TOKENS}="),
         # Three quarters of the tokens that fit are too few: then the MLP is computed again.
         ("qwen2_5_7b", "7B", [f"{RECOMPUTE}=none", f"{TOKENS}=32000"], "update", f"{RECOMPUTE}=selective"),
     ],

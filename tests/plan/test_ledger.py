@@ -101,10 +101,10 @@ def test_micro_batches_in_flight():
 
 
 def test_the_micro_batch_is_full_of_the_longest_rows():
-    """GSM8K's 512 + 1024 tokens in 24,000: two thirds are scored; 1024 x 4 rows on DP 4 are 66 micro-batches."""
-    assert full_micro_batch(load_config("qwen2_5_7b").config, 8) == MicroBatch(24_000, 16_000, 66)
+    """GSM8K's 512 + 1024 tokens in 12,288: two thirds are scored; 1024 x 4 rows on DP 4 are 128 micro-batches."""
+    assert full_micro_batch(load_config("qwen2_5_7b").config, 8) == MicroBatch(12_288, 8_192, 128)
     shared = load_config("qwen2_5_7b", ["actor_rollout_ref.actor.share_prompts=True"]).config
-    assert full_micro_batch(shared, 8).scored == 24_000 * 1024 // (128 + 1024)
+    assert full_micro_batch(shared, 8).scored == 12_288 * 1024 // (128 + 1024)
 
 
 def test_sync_and_canary():

@@ -52,7 +52,7 @@ IMPOSSIBLE = [
     ("qwen2_5_7b", [f"{RECOMPUTE}=none", f"{TOKENS}=64000"], "update", f"{RECOMPUTE}=full"),
     ("qwen2_5_14b", [f"{SHARE}=0.6"], "sync", f"{SHARE}=0.3"),
     ("qwen2_5_32b", [f"{ROLLOUT_TP}=1"], "engine", f"{ROLLOUT_TP}=2"),
-    ("qwen2_5_7b", [f"{TP}=1", f"{ROLLOUT_TP}=1", "trainer.n_gpus_per_node=1"], "sync", ""),
+    ("qwen2_5_7b", [f"{TP}=1", f"{ROLLOUT_TP}=1", f"{RECOMPUTE}=full", "trainer.n_gpus_per_node=1"], "sync", ""),
 ]
 
 

@@ -70,7 +70,7 @@ def test_a_pipeline_waits_for_its_ends():
     """PP 4 with m equal micro-batches: 3 of m + 3 are the bubble; two virtual stages halve it."""
     pipeline = f"{MEGATRON}.pipeline_model_parallel_size=4"
     made = model(*TP1, pipeline).step()
-    assert made.bubble == pytest.approx(3 / (made.microbatches + 3), rel=0.02)
+    assert made.bubble == pytest.approx(3 / (made.microbatches + 3), rel=0.03)
     halved = model(*TP1, pipeline, f"{MEGATRON}.virtual_pipeline_model_parallel_size=7").step()
     assert halved.bubble == pytest.approx(3 / 7 / (halved.microbatches + 3 / 7), rel=0.05)
 
@@ -81,7 +81,7 @@ def test_the_exchange_of_gradients():
     scattered = 4 * 7_615_616_512 * 7 / 8 / 450e9
     assert made["exchange of gradients"].seconds(IDEAL) == pytest.approx(scattered)
     assert made["gathering of weights"].seconds(IDEAL) == pytest.approx(scattered / 2)
-    assert "exchange of gradients" not in parts(model(*TP1).update()[0])  # 24,000 tokens take longer
+    assert "exchange of gradients" not in parts(model(*TP1).update()[0])  # 12,288 tokens take longer
 
 
 def test_rings_over_nodes():
@@ -126,6 +126,6 @@ def test_a_step_is_the_sum_of_its_phases():
     assert made.seconds(assumed) == pytest.approx(sum(phase.seconds(assumed) for phase in made.phases.values()))
     assert list(made.phases) == ["rollout", "reward", "update", "sync"]
     assert made.phases["rollout"].bound(assumed) == "reading the weights"
-    full = made.phases["update"].seconds(assumed)
-    none = whole(f"{MEGATRON}.override_transformer_config.recompute_granularity=none").phases["update"].seconds(assumed)
+    none = made.phases["update"].seconds(assumed)
+    full = whole(f"{MEGATRON}.override_transformer_config.recompute_granularity=full").phases["update"].seconds(assumed)
     assert 0.7 < none / full < 0.8  # three passes in place of four

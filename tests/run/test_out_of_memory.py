@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from remax_megatron import out_of_memory
 from remax_megatron.config.load import load_config
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.out_of_memory import OutOfMemory, advice, exhausted, explained, record_history
@@ -98,7 +99,8 @@ def test_recompute_and_shorter_micro_batches_help_an_update_most() -> None:
     first, second = advice("update", config, QWEN_7B, NUM_GPUS, on_cpu=False)
     assert {granularity, f"actor_rollout_ref.actor.{tokens}"} == set(keys([first, second]))
     # Where all of it is computed again already, another layout is the next.
-    first, second = advice("update", settings(), QWEN_7B, NUM_GPUS, on_cpu=False)
+    config = settings("actor_rollout_ref.model.enable_gradient_checkpointing=True")
+    first, second = advice("update", config, QWEN_7B, NUM_GPUS, on_cpu=False)
     assert keys([first]) == [f"actor_rollout_ref.actor.{tokens}"]
     assert second.startswith(f"{MEGATRON}.tensor_model_parallel_size=4 (now 2) saves ")
 
@@ -166,8 +168,7 @@ def test_history_is_recorded_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_on_a_gpu_the_snapshot_and_the_allocator_are_named_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(dist, "get_world_size", lambda: NUM_GPUS)
-    monkeypatch.setattr(dist, "get_rank", lambda: 3)
+    monkeypatch.setattr(out_of_memory, "whole_run", lambda: SimpleNamespace(rank=3, size=NUM_GPUS))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 70 * 10**9)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 75 * 10**9)
