@@ -144,7 +144,7 @@ test-fake-gpu: $(or $(wildcard $(TEST_STACK)),$(FAKE_STACK)) $(TE_LAYERS)
 
 # What a GPU would have to do in a training step, counted without one.
 gpu-counts: $(or $(wildcard $(TEST_STACK)),$(FAKE_STACK)) $(TE_LAYERS)
-	@$(<D)/bin/python -m benchmarks.gpu_counts $(ARGS)
+	$(IN_TEMPORARY) $(<D)/bin/python -m benchmarks.gpu_counts $(ARGS)
 
 # tests/vllm_cuda runs vLLM's GPU worker on a stand-in for the device, and so in a process of its own.
 test-gpu-stack: $(TEST_STACK)
