@@ -137,10 +137,11 @@ class Guards:
         records = mismatch_records(rows, self._policy.logprobs(rows))
         saved = save_rows(self._folder / f"mismatch-step{step}.jsonl", records, self._policy.layout.rank)
         worst = records[0]["worst"]
+        assert self._mismatch_limit is not None, "without a limit no update is over it"
         raise MismatchError(
             f"{label}: the rollout engine's log-probabilities are not the policy's: they differ by "
             f"{update.mismatch:.3g} nats on average over {update.num_response_tokens} response tokens, limit "
-            f"{self._mismatch_limit or 0.0:g} (actor_rollout_ref.rollout.mismatch_threshold); worst in row "
+            f"{self._mismatch_limit:g} (actor_rollout_ref.rollout.mismatch_threshold); worst in row "
             f"{records[0]['row']} at response position {worst['position']}, token {worst['token']}: policy "
             f"{worst['policy']:.6f}, engine {worst['engine']:.6f}; {saved}. No step was made with them. Rounding alone "
             "is within 1e-3 in float32 and 0.2 in bfloat16: set a higher limit only if yours is known to be larger"

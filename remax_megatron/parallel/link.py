@@ -1,8 +1,8 @@
 """What goes between the two sides of a split run: calls of the policy's ranks to the engine's, and weights.
 
     policy's ranks                                    engine's ranks
-    link.begin("rollouts", batch)   -- the call -->   link.serve({"rollouts": answer, ...})
-    ...                                               ... answer(batch) ...
+    link.begin("batch", 7, prompts) -- the call -->   link.serve({"batch": answer, ...})
+    ...                                               ... answer(7, prompts) ...
     link.result()                   <-- its result --
     link.send_weights(stream)       -- buckets --->   link.received_weights()
 
