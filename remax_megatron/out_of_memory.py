@@ -35,7 +35,7 @@ from remax_megatron.gauges import resident_bytes
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.parallel.whole_run import whole_run
 from remax_megatron.plan.fitting import TP, with_setting
-from remax_megatron.plan.ledger import ASSUMED_CARD, Ledger, gb, ledger
+from remax_megatron.plan.ledger import ASSUMED_CARD, BESIDE_THE_UPDATE, OF_THE_ENGINE, Ledger, gb, ledger
 
 HOST_TEXTS = ("DefaultCPUAllocator: can't allocate memory",)  # a RuntimeError, c10/core/impl/alloc_cpu.cpp, torch 2.13
 # RuntimeErrors of CUDA, NCCL and vLLM's allocator, and of cuBLAS when its workspace does not fit.
@@ -52,7 +52,6 @@ COUNTED_AS = {
     "validation": ("rollout",),
     "sync": ("sync", "canary"),
 }
-BESIDE_THE_ENGINE = ("rollout", "sync", "canary")  # for all others
 
 
 class OutOfMemory(RuntimeError):
@@ -114,7 +113,9 @@ def advice(
 
     now = 0 if host_only else need(config)
     found: list[tuple[int, str, Any]] = []
-    for key, value in _host_changes(config) if host_only else _changes(phase, config, on_cpu):
+    for key, value in (
+        _host_changes(config) if host_only else _changes(phase.removeprefix(OF_THE_ENGINE), config, on_cpu)
+    ):
         changed = with_setting(config, key, value)
         try:
             validate(changed, world_size, facts)
@@ -184,13 +185,16 @@ def _host_changes(config: Config) -> Iterator[tuple[str, Any]]:
 
 def _counted(phase: str, made: Ledger) -> tuple[str, int]:
     """The ledger's phase that needs most of those that `phase` goes through, and its bytes."""
-    name = max(COUNTED_AS.get(phase, BESIDE_THE_ENGINE), key=made.peak)
+    plain = phase.removeprefix(OF_THE_ENGINE)
+    of = phase.removesuffix(plain)
+    name = max((of + counted for counted in COUNTED_AS.get(plain, BESIDE_THE_UPDATE)), key=made.peak)
     return name, made.peak(name)
 
 
 def _lines(config: Config, facts: ModelFacts, device: torch.device, phase: str, kind: str) -> Iterator[str]:
     """The message, most important first: other ranks print only its beginning."""
     on_cpu, world_size = device.type == "cpu", whole_run().size
+    phase = OF_THE_ENGINE + phase if whole_run().is_engine_only else phase
     card = ASSUMED_CARD if on_cpu else torch.cuda.mem_get_info(device)[1]
     host_only = kind == "host" and not on_cpu
     yield f"{'host' if on_cpu or host_only else 'GPU'} memory ran out in phase {phase}. What would help most there:"

@@ -6,7 +6,8 @@
 
 Phases: `update` (forward and backward), `optimizer` (its step), `sync` (weights into the engine), `canary`, `rollout`;
 and `critic`, the update of PPO's critic, and `critic's optimizer`. Where the engine has ranks of its own
-(trainer.placement=split) the last three are theirs, and the policy's are `sending` and `scoring`.
+(trainer.placement=split) these phases are of the policy's ranks, which hold none, and `engine's sync`, `engine's
+canary` and `engine's rollout` are of the others.
 The rank is one of the pipeline stage that needs most; all its tensor- and data-parallel peers hold the same.
 
 Every term says where it comes from. In the comments e is the bytes of an element, T the tokens of a micro-batch, s is
@@ -46,7 +47,8 @@ GRADIENT = 4  # bytes, of either
 ASSUMED_CARD = 80 * 10**9  # bytes, where there is no GPU to ask
 MORE_CHECKPOINTS = 2  # beside max_ckpt_to_keep: the best, and the one being written
 CARD_MARGIN = 0.9  # of a card; what the ledger does not count needs the rest
-OF_THE_ENGINE = ("sync", "canary", "rollout")  # phases that ranks of its own have in a split run
+BESIDE_THE_UPDATE = ("rollout", "sync", "canary")  # phases in which nothing is trained
+OF_THE_ENGINE = "engine's "  # begins the phases that ranks of its own have in a split run
 MIB = 2**20
 HEAD_TILE, HEAD_TILE_ON_CPU = 64 * MIB, 8 * MIB  # bytes of a tile of float32 logits; algorithm.logprob
 CUBLAS_WORKSPACE = 32 * MIB  # Transformer Engine's, on sm90: cpp_extensions/gemm.py
@@ -261,7 +263,8 @@ class _Rank:
         """Phases in which the policy waits, with what it holds meanwhile, while the engine takes weights, is compared
         and answers; on ranks of their own the policy's send the weights, of which two buckets are on their way."""
         if self.is_split:
-            return {"sending": waits | {"buckets": 2 * self.buckets()}, "scoring": waits | self.scoring()}
+            sending = {"buckets": 2 * self.buckets()}
+            return {"sync": waits | sending, "canary": waits | self.scoring(), "rollout": waits}
         logits, scoring = self.logits(), self.scoring()
         return {
             "sync": waits | {"buckets": self.buckets(), **self.module()},
@@ -273,9 +276,9 @@ class _Rank:
         """Phases of a rank that holds the engine alone; two buckets of weights are there at once."""
         share = {"engine": self.engine()}
         return {
-            "sync": share | {"buckets": 2 * self.buckets(), **self.module()},
-            "canary": share | self.logits(),
-            "rollout": share,
+            f"{OF_THE_ENGINE}sync": share | {"buckets": 2 * self.buckets(), **self.module()},
+            f"{OF_THE_ENGINE}canary": share | self.logits(),
+            f"{OF_THE_ENGINE}rollout": share,
         }
 
     def model_terms(self, waiting: bool = False) -> dict[str, int]:

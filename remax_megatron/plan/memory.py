@@ -104,7 +104,7 @@ def memory(config: Config, facts: ModelFacts, world_size: int, machine: Machine)
     short = lacking * cache_bytes_per_token(config, facts)
     own = num_engine_ranks(config, world_size)
     per_stage = (world_size - own) // config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
-    of_engine = own and made.worst in OF_THE_ENGINE
+    of_engine = made.worst.startswith(OF_THE_ENGINE)
     return Memory(made, machine.limit, short, world_size - own if of_engine else made.stage * per_stage)
 
 

@@ -18,7 +18,7 @@ from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, num_e
 from remax_megatron.config.setting import set_value, value_of
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan.fitting import GRANULARITY, ROLLOUT_TP, SHARE, TOKENS, TP
-from remax_megatron.plan.ledger import OF_THE_ENGINE
+from remax_megatron.plan.ledger import BESIDE_THE_UPDATE, OF_THE_ENGINE
 from remax_megatron.plan.lengths import DEFAULT, NAMED, Lengths
 from remax_megatron.plan.memory import Machine, is_valid, memory
 from remax_megatron.plan.parts import Efficiencies
@@ -103,7 +103,9 @@ class Search:
                 changes = layout | away | {GRANULARITY: granularity, TOKENS: _rounded(budget, layout[TP])}
                 changed = self._with(config, changes)
                 made = memory(changed, self.facts, self.world_size, self.machine)
-                updates = [name for name in made.made.phases if name not in OF_THE_ENGINE]
+                updates = [
+                    name for name in made.made.phases if name.removeprefix(OF_THE_ENGINE) not in BESIDE_THE_UPDATE
+                ]
                 if max(map(made.made.peak, updates)) > made.limit:
                     continue
                 model = Model(changed, self.facts, self.world_size, self.machine.gpu, batch)

@@ -127,6 +127,15 @@ def test_smaller_buckets_and_a_smaller_engine_help_a_sync() -> None:
     ]
 
 
+def test_ranks_that_hold_the_engine_alone_are_advised_on_what_they_hold() -> None:
+    """Half of eight ranks; offloads would free nothing there."""
+    config = settings("trainer.placement=split")
+    assert keys(advice("engine's sync", config, QWEN_7B, NUM_GPUS, on_cpu=False)) == [
+        f"{ROLLOUT}.gpu_memory_utilization",
+        f"{ROLLOUT}.sync_bucket_mb",
+    ]
+
+
 def test_a_critic_may_wait_on_the_host() -> None:
     """Of 7.6e9 parameters at TP 2 its gradients take 4 bytes, its weights 2, and of Adam's 12 a rank has a quarter."""
     config = settings("algorithm.adv_estimator=gae", "actor_rollout_ref.model.enable_gradient_checkpointing=True")
@@ -168,7 +177,9 @@ def test_history_is_recorded_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_on_a_gpu_the_snapshot_and_the_allocator_are_named_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(out_of_memory, "whole_run", lambda: SimpleNamespace(rank=3, size=NUM_GPUS))
+    monkeypatch.setattr(
+        out_of_memory, "whole_run", lambda: SimpleNamespace(rank=3, size=NUM_GPUS, is_engine_only=False)
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 70 * 10**9)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 75 * 10**9)
