@@ -9,12 +9,19 @@ from pathlib import Path
 
 import torch
 
-from remax_megatron.algorithm.estimators import Estimator, get_estimator
 from remax_megatron.checkpoint.pending import read_pending
 from remax_megatron.checkpoint.saver import Saver
 from remax_megatron.checkpoint.state import RunState, restore, restore_optimizers, reward_file_digest
 from remax_megatron.config.load import to_yaml
-from remax_megatron.config.schema import Actor, Config, critic_as_actor, has_critic, needs_reference, recompute_of
+from remax_megatron.config.schema import (
+    Actor,
+    Config,
+    critic_as_actor,
+    estimator_of,
+    has_critic,
+    needs_reference,
+    recompute_of,
+)
 from remax_megatron.critic_update import CriticLearner
 from remax_megatron.flops import UpdateFlops, peak_bf16_tflops
 from remax_megatron.inputs import Inputs, reward_pool, total_steps
@@ -93,7 +100,7 @@ def build_trainer(start: Start) -> Trainer:
     layout = build_layout(start)
     writer = build_writer(start, layout.rank)
     learner, training_states = build_learner(start, layout)
-    engine, collector, batches = build_remote(start) if start.link else build_here(start, learner.estimator)
+    engine, collector, batches = build_remote(start) if start.link else build_here(start)
     if start.checkpoint:
         restore(start.checkpoint[1], learner, engine)
         batches.pending = read_pending(start.checkpoint[0], start.inputs.train_prompts)
@@ -114,16 +121,16 @@ def build_trainer(start: Start) -> Trainer:
     )
 
 
-def build_here(start: Start, estimator: Estimator) -> tuple[Engine, Collector, WrittenHere]:
-    """The engine in this rank, and what answers and scores with it; `estimator` tells which answers teach."""
+def build_here(start: Start) -> tuple[Engine, Collector, WrittenHere]:
+    """The engine in this rank, and what answers and scores with it."""
     engine = build_engine(start)
     collector = build_collector(start, engine)
-    return engine, collector, WrittenHere(collector, start.inputs.train_prompts, estimator, start.config)
+    return engine, collector, WrittenHere(collector, start.inputs.train_prompts, start.config)
 
 
 def build_service(start: Start, link: Link) -> EngineService:
     """What the ranks do that hold the engine alone, for those of the policy at the other end of `link`."""
-    engine, collector, batches = build_here(start, get_estimator(start.config.algorithm.adv_estimator))
+    engine, collector, batches = build_here(start)
     return EngineService(link, engine, collector, batches, weight_format(start))
 
 
@@ -232,7 +239,7 @@ def build_engine(start: Start) -> Engine:
         device=start.device,
         tied_embeddings=start.facts.tied_embeddings,
         stop_token_ids=inputs.stop_token_ids,
-        greedy=get_estimator(config.algorithm.adv_estimator).needs_greedy,
+        greedy=estimator_of(config).needs_greedy,
         keep_special_tokens=config.reward.keep_special_tokens,
         sleeps=start.link is None,
     )

@@ -21,8 +21,7 @@ import torch.distributed as dist
 from remax_megatron.checkpoint.resume import check_same_run, find_checkpoint
 from remax_megatron.checkpoint.state import RunState
 from remax_megatron.config.cli import reported_errors
-from remax_megatron.config.schema import Config, ConfigError, as_list, has_critic
-from remax_megatron.config.schema import num_engine_ranks as engine_only_ranks
+from remax_megatron.config.schema import Config, ConfigError, as_list, has_critic, sides_of
 from remax_megatron.console import set_up_logging
 from remax_megatron.guards import MismatchError, NonFiniteError
 from remax_megatron.inputs import Inputs, check_ranks_agree, prepare_inputs, steps_out_of_reach, total_steps
@@ -128,8 +127,8 @@ def _serve(start: Start, link: Link, clean_up: ExitStack) -> str:
 
 def _join_ranks(config: Config) -> torch.device:
     """Join the process group; returns this rank's device. What dead runs left in shared memory is removed."""
-    num_engine_ranks = engine_only_ranks(config, int(os.environ.get("WORLD_SIZE", "1")))
-    device = init_distributed(config.trainer.device, config.trainer.collective_timeout_s, num_engine_ranks)
+    sides, trainer = sides_of(config, int(os.environ.get("WORLD_SIZE", "1"))), config.trainer
+    device = init_distributed(trainer.device, trainer.collective_timeout_s, sides.engine * sides.is_split)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         cpu_platform.remove_dead_shared_memory()
     record_history(device)

@@ -21,14 +21,13 @@ import torch
 from remax_megatron.algorithm.advantages import are_informative, training_rows
 from remax_megatron.algorithm.aggregation import weigh_rows
 from remax_megatron.algorithm.bounds import Bounds
-from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.algorithm.estimators.reward_softmax import effective_sample_size
 from remax_megatron.algorithm.kl import AdaptiveKl, FixedKl, kl_controller, token_kl, with_kl_in_reward
 from remax_megatron.algorithm.refill import weight_factor
 from remax_megatron.algorithm.rejection import SUMS as REJECTION_SUMS
 from remax_megatron.algorithm.rejection import kept_rows, rejection_metrics
 from remax_megatron.batching.packed import row_groups
-from remax_megatron.config.schema import Config, rejection_of, skips_zero_advantage
+from remax_megatron.config.schema import Config, estimator_of, rejection_of, skips_zero_advantage
 from remax_megatron.flops import RowGroup
 from remax_megatron.guards import Guards, mismatch_limit
 from remax_megatron.phases import PhaseTimer
@@ -69,11 +68,7 @@ class Learner:
         self.config, self.policy, self.reference, self.critic = config, policy, reference, critic
         self.timer = timer or PhaseTimer()
         algorithm, control = config.algorithm, config.algorithm.kl_ctrl
-        self.estimator = get_estimator(
-            algorithm.adv_estimator,
-            norm_by_std=algorithm.norm_adv_by_std_in_grpo,
-            temperature=algorithm.reward_softmax_temperature,
-        )
+        self.estimator = estimator_of(config)
         self.kl: FixedKl | AdaptiveKl = FixedKl(0.0)
         if algorithm.use_kl_in_reward:
             self.kl = kl_controller(control.type, control.kl_coef, control.target_kl, control.horizon)

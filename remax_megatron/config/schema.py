@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
 from remax_megatron.algorithm.aggregation import MODES as AGGREGATION_MODES
 from remax_megatron.algorithm.bounds import Bounds, read_bounds, rejection_bounds
 from remax_megatron.algorithm.estimators import NAMES as ESTIMATORS
-from remax_megatron.algorithm.estimators import get_estimator
+from remax_megatron.algorithm.estimators import Estimator, get_estimator
 from remax_megatron.algorithm.names import (
     IMPORTANCE_LEVELS,
     KL_CONTROLLERS,
@@ -784,12 +784,32 @@ def expects_cpu(config: Config) -> bool:
     return not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists()
 
 
-def num_engine_ranks(config: Config, world_size: int) -> int:
-    """Count the ranks, of `world_size`, that hold the engine and nothing else."""
+class Sides(NamedTuple):
+    """How many ranks hold the `policy` and how many the `engine`; in a split run, `is_split`, these are others, and
+    the engine's are the last ones."""
+
+    policy: int
+    engine: int
+    is_split: bool
+
+
+def sides_of(config: Config, world_size: int) -> Sides:
+    """Divide `world_size` ranks as the settings say."""
     if config.trainer.placement != "split":
-        return 0
+        return Sides(world_size, world_size, False)
     num_ranks = config.actor_rollout_ref.rollout.num_ranks
-    return world_size // 2 if num_ranks is None else num_ranks
+    own = world_size // 2 if num_ranks is None else num_ranks
+    return Sides(world_size - own, own, True)
+
+
+def estimator_of(config: Config) -> Estimator:
+    """The estimator of advantages, as it is set."""
+    algorithm = config.algorithm
+    return get_estimator(
+        algorithm.adv_estimator,
+        norm_by_std=algorithm.norm_adv_by_std_in_grpo,
+        temperature=algorithm.reward_softmax_temperature,
+    )
 
 
 def needs_reference(config: Config) -> bool:

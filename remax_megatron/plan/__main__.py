@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from remax_megatron.config import cli
 from remax_megatron.config.load import load_config
 from remax_megatron.config.rules import validate
-from remax_megatron.config.schema import Config, ConfigError, expects_cpu, num_engine_ranks
+from remax_megatron.config.schema import Config, ConfigError, expects_cpu, sides_of
 from remax_megatron.config.setting import value_of
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan import gpus
@@ -127,8 +127,8 @@ def headline(question: Question) -> Iterator[str]:
     """Say what is planned, by what, and how well it fits what was measured."""
     megatron, rollout = question.config.actor_rollout_ref.actor.megatron, question.config.actor_rollout_ref.rollout
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
-    own = num_engine_ranks(question.config, question.world_size)
-    dp, engine_tp = (question.world_size - own) // (tp * pp), rollout.tensor_model_parallel_size
+    sides = sides_of(question.config, question.world_size)
+    own, dp, engine_tp = sides.engine * sides.is_split, sides.policy // (tp * pp), rollout.tensor_model_parallel_size
     layout = f"TP {tp}, PP {pp}, DP {dp}, engine TP {engine_tp}{f' on {own} ranks of its own' if own else ''}"
     stack = question.machine.stack(question.config)
     yield f"{question.name}: {question.world_size} x {question.machine.gpu.name}, {layout}, {stack.layers} layers"

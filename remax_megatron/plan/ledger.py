@@ -33,8 +33,8 @@ from remax_megatron.config.schema import (
     critic_as_actor,
     has_critic,
     needs_reference,
-    num_engine_ranks,
     recompute_of,
+    sides_of,
 )
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.rollout.memory import CANARY_TOKENS, NUM_CANARIES, NUM_GENERATED, canary_bytes, largest_module_bytes
@@ -135,8 +135,7 @@ def full_micro_batch(config: Config, world_size: int) -> MicroBatch:
     if not actor.use_dynamic_bsz:
         tokens = int((actor.ppo_micro_batch_size_per_gpu or 1) * per_row)
     rows = (actor.ppo_mini_batch_size or data.train_batch_size) * n
-    policy_ranks = world_size - num_engine_ranks(config, world_size)
-    count = math.ceil(rows * per_row / tokens / max(1, policy_ranks // tp_pp))
+    count = math.ceil(rows * per_row / tokens / max(1, sides_of(config, world_size).policy // tp_pp))
     return MicroBatch(tokens=tokens, scored=int(tokens * answer / per_row), count=max(1, count))
 
 
@@ -224,12 +223,11 @@ class _Rank:
         self.config, self.facts, self.megatron, self.batch, self.stack = config, facts, megatron, batch, stack
         self.rollout = config.actor_rollout_ref.rollout
         self.card, self.stage = card, stage
-        own = num_engine_ranks(config, world_size)
-        self.is_split, self.engine_ranks, self.policy_ranks = own > 0, own or world_size, world_size - own
+        self.sides = sides_of(config, world_size)
         self.tp, self.pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
         self.vpp = megatron.virtual_pipeline_model_parallel_size or 1
         self.count = parameters(facts, self.tp, self.pp, self.vpp)[stage]
-        self.dp = self.policy_ranks // (self.tp * self.pp)
+        self.dp = self.sides.policy // (self.tp * self.pp)
         self.shards = self.dp if megatron.use_distributed_optimizer else 1
         self.element = BYTES[megatron.dtype][0]
         self.cut = self.tp if megatron.sequence_parallel else 1  # s
@@ -241,7 +239,7 @@ class _Rank:
 
     def phases(self) -> dict[str, dict[str, int]]:
         held, away = self.held(), self.offloaded()
-        share = {} if self.is_split else {"engine": self.engine()}
+        share = {} if self.sides.is_split else {"engine": self.engine()}
         waits = {name: size - away.get(name, 0) for name, size in held.items()} | share
         made = {
             "update": {name: size for name, size in held.items() if not self.comes_back_late(name)} | self.passes(),
@@ -255,14 +253,14 @@ class _Rank:
             late = {f"critic's {name}" for name in self.critic.held() if self.critic.comes_back_late(name)}
             made["critic"] = {name: size for name, size in policy.items() if name not in late} | self.critic.passes()
             made["critic's optimizer"] = policy | self.critic.adam_step()
-        if self.is_split:
+        if self.sides.is_split:
             made |= self.of_the_engine()
         return {phase: {name: size for name, size in terms.items() if size} for phase, terms in made.items()}
 
     def beside_the_engine(self, waits: dict[str, int]) -> dict[str, dict[str, int]]:
         """Phases in which the policy waits, with what it holds meanwhile, while the engine takes weights, is compared
         and answers; on ranks of their own the policy's send the weights, of which two buckets are on their way."""
-        if self.is_split:
+        if self.sides.is_split:
             sending = {"buckets": 2 * self.buckets()}
             return {"sync": waits | sending, "canary": waits | self.scoring(), "rollout": waits}
         logits, scoring = self.logits(), self.scoring()
@@ -356,7 +354,7 @@ class _Rank:
         """The policy scores the canary's prompts and continuations of all replicas: a layer's MLP, its norms and the
         residual stream."""
         longest = min(CANARY_TOKENS, self.config.data.max_prompt_length)
-        replicas = max(1, self.engine_ranks // self.rollout.tensor_model_parallel_size)
+        replicas = max(1, self.sides.engine // self.rollout.tensor_model_parallel_size)
         rows = -(-NUM_CANARIES * replicas // self.dp)
         tokens = min(rows * (longest + NUM_GENERATED), self.batch.tokens)
         tokens //= self.pp if self.vpp > 1 else 1  # so many micro-batches at least

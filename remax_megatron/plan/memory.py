@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from remax_megatron.config.rules import validate
-from remax_megatron.config.schema import ACTOR, Config, ConfigError, num_engine_ranks
+from remax_megatron.config.schema import ACTOR, Config, ConfigError, sides_of
 from remax_megatron.config.setting import set_value
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan.engine_time import WORKSPACE, cache_bytes_per_token, cache_tokens
@@ -102,10 +102,10 @@ def memory(config: Config, facts: ModelFacts, world_size: int, machine: Machine)
     longest = config.data.max_prompt_length + config.data.max_response_length
     lacking = longest - cache_tokens(config, facts, machine.gpu, machine.on_cpu)
     short = lacking * cache_bytes_per_token(config, facts)
-    own = num_engine_ranks(config, world_size)
-    per_stage = (world_size - own) // config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
+    policy_ranks = sides_of(config, world_size).policy
+    per_stage = policy_ranks // config.actor_rollout_ref.actor.megatron.pipeline_model_parallel_size
     of_engine = made.worst.startswith(OF_THE_ENGINE)
-    return Memory(made, machine.limit, short, world_size - own if of_engine else made.stage * per_stage)
+    return Memory(made, machine.limit, short, policy_ranks if of_engine else made.stage * per_stage)
 
 
 def largest_budget(config: Config, facts: ModelFacts, world_size: int, machine: Machine) -> int | None:
@@ -144,8 +144,7 @@ def host_bytes(config: Config, facts: ModelFacts, world_size: int) -> int:
     tp, pp = megatron.tensor_model_parallel_size, megatron.pipeline_model_parallel_size
     count = max(parameters(facts, tp, pp, megatron.virtual_pipeline_model_parallel_size or 1))
     weight, state = BYTES[megatron.dtype]
-    policy_ranks = world_size - num_engine_ranks(config, world_size)
-    shards = policy_ranks // (tp * pp) if megatron.use_distributed_optimizer else 1
+    shards = sides_of(config, world_size).policy // (tp * pp) if megatron.use_distributed_optimizer else 1
     away = count * state // shards * megatron.optimizer_offload
     away += count * weight * config.actor_rollout_ref.ref.megatron.param_offload
     return away * config.trainer.n_gpus_per_node

@@ -29,8 +29,8 @@ from remax_megatron.config.schema import (
     critic_as_actor,
     has_critic,
     needs_reference,
-    num_engine_ranks,
     recompute_of,
+    sides_of,
 )
 from remax_megatron.flops import ForwardFlops, RowGroup, UpdateFlops
 from remax_megatron.model_facts import ModelFacts
@@ -232,8 +232,7 @@ class Model:
         trained_share: float = 1.0,
     ) -> None:
         self.config, self.facts, self.world_size, self.gpu, self.batch = config, facts, world_size, gpu, batch
-        own = num_engine_ranks(config, world_size)
-        self.is_split, self.engine_ranks, self.policy_ranks = own > 0, own or world_size, world_size - own
+        self.sides = sides_of(config, world_size)
         self.trained_share = trained_share
         self.actor, self.rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
         self.megatron = self.actor.megatron
@@ -241,7 +240,7 @@ class Model:
         self.tp = self.megatron.tensor_model_parallel_size
         self.pp = self.megatron.pipeline_model_parallel_size
         self.vpp = self.megatron.virtual_pipeline_model_parallel_size or 1
-        self.dp = self.policy_ranks // (self.tp * self.pp)
+        self.dp = self.sides.policy // (self.tp * self.pp)
         self.element, self.state = BYTES[self.megatron.dtype]
         self.count = max(parameters(facts, self.tp, self.pp, self.vpp))
         self.per_node = config.trainer.n_gpus_per_node
@@ -292,20 +291,20 @@ class Model:
         room = cache_tokens(self.config, self.facts, self.gpu, self.on_cpu)
         tp, assumed = self.rollout.tensor_model_parallel_size, Efficiencies()
         found = []
-        for requests in replicas(self.batch.requests, self.engine_ranks // tp):
+        for requests in replicas(self.batch.requests, self.sides.engine // tp):
             made = decode(requests, self.rollout.max_num_seqs, max(room, 1))
             per_prompt = max(1, len(self.batch.requests[0][1]))
             prompts = [prompt for prompt, _ in requests[::per_prompt]]
             parts = [prefill_part(self.facts, self.gpu, tp, prompts)]
             parts += engine_step_parts(self.config, self.facts, self.gpu, made)
-            if not self.on_cpu and not self.is_split:
+            if not self.on_cpu and not self.sides.is_split:
                 parts.append(Part("sleeping and waking", 1, "sleep_s"))
             found.append((Phase.of(parts), made))
         return max(found, key=lambda one: one[0].seconds(assumed))
 
     def rewards(self) -> Phase:
         """Of one replica's answers, by its processes."""
-        engines = self.engine_ranks // self.rollout.tensor_model_parallel_size
+        engines = self.sides.engine // self.rollout.tensor_model_parallel_size
         answers = -(-len(self.batch.requests) // engines) * len(self.batch.requests[0][1])
         count = answers / self.config.reward.num_workers
         return Phase.of([Part("scoring of answers", count, "reward_s")])
@@ -363,7 +362,7 @@ class Model:
         """A micro-batch's hidden states to the next stage, and their gradient back."""
         if self.pp == 1:
             return 0.0
-        far = self.policy_ranks > self.per_node
+        far = self.sides.policy > self.per_node
         cut = self.tp if self.megatron.sequence_parallel else 1
         size = self.element * self.facts.hidden_size * made.tokens * self.vpp * (1 if forward_only else 2) / cut
         return size / (self.gpu.network_rate if far else self.gpu.node_rate)
@@ -449,7 +448,10 @@ class Model:
         return Phase.of(
             [
                 Part("gathering of shards", gathered + stages, "exchange_bandwidth"),
-                *([Part("sending to the engine", whole / self.link_rate(), "exchange_bandwidth")] * self.is_split),
+                *(
+                    [Part("sending to the engine", whole / self.link_rate(), "exchange_bandwidth")]
+                    * self.sides.is_split
+                ),
                 Part("copies into the engine", COPIES * whole / self.gpu.memory_rate, "stream_bandwidth"),
                 Part("tensors of the stream", num_tensors, "tensor_s"),
                 *self.canary(),

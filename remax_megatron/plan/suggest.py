@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, num_engine_ranks
+from remax_megatron.config.schema import ACTOR, MEGATRON, ROLLOUT, Config, sides_of
 from remax_megatron.config.setting import set_value, value_of
 from remax_megatron.model_facts import ModelFacts
 from remax_megatron.plan.fitting import GRANULARITY, ROLLOUT_TP, SHARE, TOKENS, TP
@@ -61,16 +61,12 @@ class Search:
         found = [one for layout in self.layouts(config) for one in self.of_layout(config, layout, batch)]
         return sorted(found, key=lambda one: one.seconds)[:count]
 
-    def policy_ranks(self, config: Config) -> int:
-        """Count the ranks that train."""
-        return self.world_size - num_engine_ranks(config, self.world_size)
-
     def layouts(self, config: Config) -> Iterator[dict[str, Any]]:
         """TP and PP that the rules take."""
         per_node = config.trainer.n_gpus_per_node
         stages = [pp for pp in range(1, MOST_STAGES + 1) if self.facts.num_layers % pp == 0]
         for tp, pp in product(_divisors(per_node), stages):
-            if self.policy_ranks(config) % (tp * pp) == 0:
+            if sides_of(config, self.world_size).policy % (tp * pp) == 0:
                 changes: dict[str, Any] = {TP: tp, PP: pp, f"{MEGATRON}.sequence_parallel": tp > 1}
                 if value_of(config, f"{MEGATRON}.virtual_pipeline_model_parallel_size") is not None:
                     changes[f"{MEGATRON}.virtual_pipeline_model_parallel_size"] = None

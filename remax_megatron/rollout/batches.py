@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from remax_megatron.algorithm.estimators import Estimator
-from remax_megatron.config.schema import Config, refill_limit_of
+from remax_megatron.config.schema import Config, estimator_of, refill_limit_of
 from remax_megatron.data.dataset import PromptDataset, further
 from remax_megatron.rollout.collect import Collector
 from remax_megatron.rollout.refill import refill
@@ -50,9 +49,9 @@ class WrittenHere:
 
     pending: AnsweredBatch | None = None
 
-    def __init__(self, collector: Collector, prompts: PromptDataset, estimator: Estimator, config: Config):
-        """`collector` answers, the `prompts` are those of training, and `estimator` tells which answers teach."""
-        self._collector, self._prompts, self._estimator, self._config = collector, prompts, estimator, config
+    def __init__(self, collector: Collector, prompts: PromptDataset, config: Config):
+        """`collector` answers, the `prompts` are those of training."""
+        self._collector, self._prompts, self._config = collector, prompts, config
 
     def take(self, step: int, batch: Sequence[int], following: Sequence[int] | None = None) -> AnsweredBatch:
         """See `Batches`; nothing is begun. Collective over the ranks that hold an engine."""
@@ -73,7 +72,7 @@ class WrittenHere:
         refilled = refill(
             (self._prompts[i] for i in order),
             lambda prompts: self._collector.rollouts(prompts, step=step, sleeps=False),
-            self._estimator,
+            estimator_of(config),
             wanted=config.data.train_batch_size,
             limit=refill_limit_of(config, num_prompts),
         )

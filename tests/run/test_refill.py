@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-from remax_megatron.algorithm.estimators import get_estimator
 from remax_megatron.config.load import load_config
 from remax_megatron.data.dataset import PromptDataset, batches, further
 from remax_megatron.rollout.batches import WrittenHere
@@ -34,14 +32,13 @@ class Collector:
 
 def trainer(*overrides: str, start_step: int = 0) -> Any:
     config = load_config("demo", [f"data.train_batch_size={SIZE}", *overrides]).config
-    parts: dict[str, Any] = dict.fromkeys(("bridge", "val_prompts", "timer", "flops", "writer", "saver"))
+    parts: dict[str, Any] = dict.fromkeys(("learner", "bridge", "val_prompts", "timer", "flops", "writer", "saver"))
     prompts = PromptDataset([Prompt(i, (1,), "s", "") for i in range(NUM_PROMPTS)], NUM_PROMPTS)
-    learner = SimpleNamespace(estimator=get_estimator("remax"))
     collector: Any = Collector()
-    written = WrittenHere(collector, prompts, learner.estimator, config)
+    written = WrittenHere(collector, prompts, config)
     rest = {"train_prompts": prompts, "prompts_digest": "", "start_step": start_step}
     rest |= {"collector": collector, "batches": written}
-    return Trainer(config=config, learner=learner, **parts, **rest)  # type: ignore[arg-type]
+    return Trainer(config=config, **parts, **rest)  # type: ignore[arg-type]
 
 
 def drawn(run: Any) -> list[list[int]]:

@@ -27,14 +27,14 @@ def ranks_match_launcher(setup: Setup) -> None:
 def split_has_two_sides(setup: Setup) -> None:
     """A split run has ranks for the engine and for the policy; others have no such ranks."""
     num_ranks, ahead = setup.rollout.num_ranks, setup.rollout.ahead
-    if not setup.is_split:
+    if not setup.sides.is_split:
         for name, value, none in (("num_ranks", num_ranks, "null"), ("ahead", ahead or None, "0")):
             if value is not None:
                 raise ConfigError(
                     f"{ROLLOUT}.{name}={value} goes with trainer.placement=split, which is colocated here;"
                     f" set trainer.placement=split, or {ROLLOUT}.{name}={none}"
                 )
-    elif not 0 < setup.engine_ranks < setup.world_size or setup.world_size < 2:
+    elif not 0 < setup.sides.engine < setup.world_size or setup.world_size < 2:
         limit = setup.world_size - 1
         fix = f"set it to 1 to {limit}" if limit else "start more ranks, or set trainer.placement=colocated"
         raise ConfigError(
@@ -46,7 +46,7 @@ def split_has_two_sides(setup: Setup) -> None:
 @rule
 def split_sides_keep_their_memory(setup: Setup) -> None:
     """Where no engine shares its ranks the policy has no need to make room."""
-    for group in (MEGATRON, *([CRITIC_MEGATRON] if setup.has_critic else [])) if setup.is_split else ():
+    for group in (MEGATRON, *([CRITIC_MEGATRON] if setup.has_critic else [])) if setup.sides.is_split else ():
         for name in OFFLOADS:
             if value_of(setup.config, f"{group}.{name}"):
                 raise ConfigError(
@@ -58,23 +58,23 @@ def split_sides_keep_their_memory(setup: Setup) -> None:
 @rule
 def ranks_divide_into_replicas(setup: Setup) -> None:
     """The ranks that train are a whole number of replicas of the policy."""
-    ranks = setup.policy_ranks
+    ranks = setup.sides.policy
     if ranks % (setup.tp * setup.pp):
         raise ConfigError(
             f"{MEGATRON}.tensor_model_parallel_size={setup.tp} x pipeline_model_parallel_size={setup.pp} does not"
-            f" divide the {ranks} ranks{' of the policy' if setup.is_split else ''}; set the two so that their product"
-            f" divides {ranks}"
+            f" divide the {ranks} ranks{' of the policy' if setup.sides.is_split else ''}; set the two so that their"
+            f" product divides {ranks}"
         )
 
 
 @rule
 def rollout_tp_divides_ranks(setup: Setup) -> None:
     """The ranks that answer are a whole number of replicas of the engine."""
-    tp, ranks = setup.rollout.tensor_model_parallel_size, setup.engine_ranks
+    tp, ranks = setup.rollout.tensor_model_parallel_size, setup.sides.engine
     if ranks % tp:
         raise ConfigError(
             f"{ROLLOUT}.tensor_model_parallel_size={tp} does not divide the {ranks} ranks"
-            f"{' of the engine' if setup.is_split else ''}; set it to {numbers(divisors(ranks))}"
+            f"{' of the engine' if setup.sides.is_split else ''}; set it to {numbers(divisors(ranks))}"
         )
 
 

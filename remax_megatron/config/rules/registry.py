@@ -19,10 +19,11 @@ from remax_megatron.config.schema import (
     Config,
     Megatron,
     RolloutConfig,
+    Sides,
     critic_as_actor,
     expects_cpu,
     has_critic,
-    num_engine_ranks,
+    sides_of,
 )
 from remax_megatron.model_facts import ModelFacts
 
@@ -60,19 +61,9 @@ class Setup:
         return self.megatron.pipeline_model_parallel_size
 
     @property
-    def is_split(self) -> bool:
-        """Tell whether some ranks hold the engine alone."""
-        return self.config.trainer.placement == "split"
-
-    @property
-    def policy_ranks(self) -> int:
-        """Count the ranks that train."""
-        return self.world_size - num_engine_ranks(self.config, self.world_size)
-
-    @property
-    def engine_ranks(self) -> int:
-        """Count the ranks that answer: all of them, or those that hold the engine alone."""
-        return num_engine_ranks(self.config, self.world_size) or self.world_size
+    def sides(self) -> Sides:
+        """Return how many ranks train and how many answer."""
+        return sides_of(self.config, self.world_size)
 
     @property
     def mini_batch(self) -> int:

@@ -211,7 +211,7 @@ def answers_written_ahead_are_corrected(setup: Setup) -> None:
     """Answers of weights that are one step older are weighed, or clipped, against the engine's log-probabilities."""
     correction, key = setup.config.algorithm.rollout_correction, "algorithm.rollout_correction"
     corrected = correction.rollout_is is not None or correction.bypass_old_logprobs
-    if setup.is_split and setup.rollout.ahead and not corrected:
+    if setup.sides.is_split and setup.rollout.ahead and not corrected:
         raise ConfigError(
             f"{ROLLOUT}.ahead=1 trains on answers of weights one step older, and nothing corrects for that; set"
             f" {key}.rollout_is=token (or sequence), which weighs them, or {key}.bypass_old_logprobs=True, which takes"
