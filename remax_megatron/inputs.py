@@ -287,7 +287,7 @@ def check_ranks_agree(config: Config, inputs: Inputs, link: Link | None = None) 
             f"ranks {others} read other settings or data than rank 0; start every node with the same command, "
             "environment and files"
         )
-    if link is not None and len({link.share(mine, source=first) for first in link.sides.values()}) > 1:
+    if link is not None and len({link.share(mine, source=first) for first in link.first_ranks}) > 1:
         raise ConfigError(
             "the ranks of the engine read other settings or data than those of the policy; start every node with the "
             "same command, environment and files"

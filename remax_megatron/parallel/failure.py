@@ -28,6 +28,8 @@ KEYS = f"remax/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 FIRST_FAILURE = f"{KEYS}/first_failure"
 LINGER_S = 3.0  # a failed rank stays this long: when it leaves, its launcher ends the others, and maybe the store
 CLEANUP_S = 5.0  # what cleaning up, or a store behind a broken link, may take
+# What gloo (torch 2.11, 2.13) and NCCL say when a peer's process has ended.
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 _ending = threading.Lock()
 
 
@@ -52,7 +54,9 @@ def ends_all_ranks(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]
             else:
                 traceback.print_exc()
                 print(f"first to fail: {first}", file=sys.stderr, flush=True)
-                if isinstance(error, Exception):
+                # torchrun takes the first record for the root cause; a rank that was killed leaves none, and the ranks
+                # that lose it must not be quicker.
+                if isinstance(error, Exception) and not any(words in str(error) for words in _PEER_IS_GONE):
                     get_error_handler().record_exception(error)
             within(CLEANUP_S, cleanup)
             sys.stdout.flush()

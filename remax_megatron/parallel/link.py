@@ -39,7 +39,7 @@ class Link:
     def __init__(self, whole: WholeRun, device: torch.device, timeout_s: int):
         """`device` is where weights lie; a transfer of them may take `timeout_s` seconds."""
         self._whole, self._device = whole, device
-        self._pending = False
+        self.is_waiting = False  # for the result of a call
         store = dist.PrefixStore("calls", whole.store)
         self._calls = dist.ProcessGroupGloo(store, whole.rank, whole.size, _AS_LONG_AS_IT_TAKES)
         self._weights: dist.Backend | None = None
@@ -49,9 +49,9 @@ class Link:
             self._weights = _backend(store, place, size, device, datetime.timedelta(seconds=timeout_s))
 
     @property
-    def sides(self) -> dict[str, int]:
-        """Name the sides, and the number in the run of the first rank of each."""
-        return {"policy": 0, "engine": self._whole.num_policy_ranks}
+    def first_ranks(self) -> tuple[int, int]:
+        """Return the numbers in the run of the first rank of the policy and of the engine."""
+        return 0, self._whole.num_policy_ranks
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -71,17 +71,17 @@ class Link:
 
         Every rank of the policy calls with the same arguments, and asks for the `result` before the next call.
         """
-        assert not self._pending, "the result of the call before was not asked for"
+        assert not self.is_waiting, "the result of the call before was not asked for"
         self.share((name, arguments))
-        self._pending = True
+        self.is_waiting = True
 
     def result(self) -> Any:
         """Wait for the result of the call that was begun; every rank of the policy gets it."""
-        self._pending = False
+        self.is_waiting = False
         return self.share(source=self._whole.num_policy_ranks)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Begin a call and wait for its result."""
+        """Begin a call and wait for its result. Every rank of the policy calls."""
         self.begin(name, *arguments)
         return self.result()
 

@@ -2,7 +2,7 @@
 side has a default group of its own, since Megatron and vLLM both take that group for all the ranks there are.
 
 The policy's ranks come first, the engine's last. What concerns the run as a whole, its failures and its heartbeats,
-goes through the store that all ranks share.
+goes through the store that all ranks share. Elsewhere "the world" are the ranks of the default group.
 """
 
 from __future__ import annotations

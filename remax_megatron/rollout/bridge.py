@@ -56,7 +56,7 @@ class SyncReport:
 
 
 class Bridge:
-    """Holds the plan of the weight stream and the canary's prompts; `sync` is collective over the world."""
+    """Holds the plan of the weight stream and the canary's prompts; `sync` is collective over the policy's ranks."""
 
     def __init__(
         self,

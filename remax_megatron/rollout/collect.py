@@ -41,7 +41,8 @@ class AnswerScoring:
 
 
 class Collector:
-    """Runs the engine and the scorer over a batch of prompts; its calls are collective over the world."""
+    """Runs the engine and the scorer over a batch of prompts; its calls are collective over all ranks that hold
+    an engine."""
 
     def __init__(
         self,

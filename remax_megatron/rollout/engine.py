@@ -123,7 +123,6 @@ class Engine:
         """vLLM with random weights and sequences of up to `max_model_len` tokens; collective over the world."""
         config = self.config
         with _our_process_state(self.device):
-            os.environ["RANK"] = str(dist.get_rank())  # for vLLM: among the ranks that hold an engine
             from vllm import LLM
 
             return LLM(
@@ -397,6 +396,7 @@ def _our_process_state(device: torch.device) -> Iterator[None]:
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     precision, rank = torch.get_float32_matmul_precision(), os.environ.get("RANK", "0")
+    os.environ["RANK"] = str(dist.get_rank())  # which vLLM reads: among the ranks that hold an engine
     try:
         yield
     finally:

@@ -58,7 +58,8 @@ class RemoteEngine:
 
 
 class RemoteCollector:
-    """The collector, as the policy's ranks call it; see `Collector` for what the methods do."""
+    """The collector, as the policy's ranks call it; see `Collector` for what the methods do. Collective over these
+    ranks."""
 
     pool = None
 
@@ -80,12 +81,12 @@ class RemoteCollector:
 
 
 class RemoteBatches:
-    """Answers that the engine's ranks write: when the step wants them, or, `ahead`, while the step before trains."""
+    """Answers that the engine's ranks write: when the step wants them, or, `ahead`, while the step before trains.
+    Collective over the policy's ranks."""
 
     def __init__(self, link: Link, engine: RemoteEngine, timer: PhaseTimer, *, ahead: bool):
         """`link` leads to the ranks of the `engine`; `timer` times the phase `wait` of this rank."""
         self._link, self._engine, self._timer, self._ahead = link, engine, timer, ahead
-        self._is_writing = False
         self._began = self._taken = 0.0
         self.pending: AnsweredBatch | None = None
 
@@ -95,12 +96,12 @@ class RemoteBatches:
         answered, self.pending = self.pending, None
         age = 0 if answered is None else 1
         if answered is None:
-            self._begin(step, batch)
+            self._link.begin("batch", step, list(batch))
             answered = self._wait()
         found = self._engine.weight_version - answered.weight_version
         assert found == age, f"the answers of step {step} are of weights {found} versions old, and not {age}"
         if self._ahead and following is not None:
-            self._begin(step + 1, following)
+            self._link.begin("batch", step + 1, list(following))
         self._taken = time.time()
         return replace(answered, metrics={**answered.metrics, "rollout/staleness": age})
 
@@ -108,7 +109,7 @@ class RemoteBatches:
         """See `Batches`. The metrics, in seconds since `take`: when this step trained, and when the answers of the next
         one were written."""
         trained = time.time()
-        if not self._is_writing:
+        if not self._link.is_waiting:
             return {}
         self.pending = self._wait()
         times = {
@@ -119,13 +120,8 @@ class RemoteBatches:
         }
         return {f"timeline/{name}_s": at - self._began for name, at in times.items()}
 
-    def _begin(self, step: int, batch: Sequence[int]) -> None:
-        self._link.begin("batch", step, list(batch))
-        self._is_writing = True
-
     def _wait(self) -> AnsweredBatch:
         with self._timer.phase("wait"):
-            self._is_writing = False
             return self._link.result()
 
 

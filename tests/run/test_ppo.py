@@ -11,8 +11,8 @@ import torch
 
 from remax_megatron.checkpoint.folders import iteration_folder, saved_steps
 from remax_megatron.convert import megatron_to_hf
-from remax_megatron.demo.word_problems import ensure_data
-from tests.checkpoint.test_resume import REWARD, at, measured
+from tests.checkpoint.test_resume import at, measured
+from tests.run.small_run import small_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 STEPS = 4
@@ -20,19 +20,11 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def settings(demo_policy, tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("settings")
-    (folder / "reward.py").write_text(REWARD)
-    train, _ = ensure_data(folder / "data")
     return [
-        f"actor_rollout_ref.model.path={demo_policy}",
-        f"custom_reward_function.path={folder / 'reward.py'}",
-        f"data.train_files={train}",
-        "data.train_batch_size=8",
+        *small_run(demo_policy, tmp_path_factory.mktemp("settings")),
         "data.val_files=null",
         "trainer.test_freq=-1",
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-        "actor_rollout_ref.actor.optim.lr=1e-3",
         "algorithm.adv_estimator=gae",
         "algorithm.gamma=0.99",
         "algorithm.lam=0.95",

@@ -16,8 +16,8 @@ import pytest
 
 from remax_megatron.checkpoint.folders import iteration_folder, saved_steps
 from remax_megatron.checkpoint.pending import PENDING
-from remax_megatron.demo.word_problems import ensure_data
-from tests.checkpoint.test_resume import REWARD, measured
+from tests.checkpoint.test_resume import measured
+from tests.run.small_run import small_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 STEPS = 4
@@ -32,19 +32,10 @@ def split(engine_ranks: int = 1) -> list[str]:
 
 @pytest.fixture(scope="module")
 def settings(demo_policy, tmp_path_factory) -> list[str]:
-    """Rewards are a hash of the answer, so that every step has a gradient; weights move by more than rounding."""
-    folder = tmp_path_factory.mktemp("settings")
-    (folder / "reward.py").write_text(REWARD)
-    train, _ = ensure_data(folder / "data")
     return [
-        f"actor_rollout_ref.model.path={demo_policy}",
-        f"custom_reward_function.path={folder / 'reward.py'}",
-        f"data.train_files={train}",
-        "data.train_batch_size=8",
+        *small_run(demo_policy, tmp_path_factory.mktemp("settings")),
         f"{MEGATRON}.tensor_model_parallel_size=1",
         "data.val_max_samples=16",
-        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512",
-        "actor_rollout_ref.actor.optim.lr=1e-3",
         "algorithm.rollout_correction.rollout_is=token",
         f"trainer.total_training_steps={STEPS}",
         "trainer.test_freq=2",
